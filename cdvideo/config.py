@@ -1,0 +1,262 @@
+"""Typed, strict configs. Imports no torch, so that a typo is told in a blink.
+
+A config is a frozen dataclass. Its defaults, its documentation and its rules stand in one place, the class:
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class ConceptConfig:
+        steps: int = 400
+        '''Optimizer steps.'''
+        semantic: SemanticConfig = SemanticConfig()
+        '''The semantic preservation loss.'''
+
+        def __post_init__(self) -> None:
+            check(
+                (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
+                ...
+            )
+
+`load_config` fills it from three sources, each over the one before: the defaults, a YAML file, and overrides from the
+command line (`steps=200 semantic.weight=0.5`). Whatever is wrong in any of them is collected and told in one error.
+
+Fields may be bool, int, float, str, Path, Literal, tuple, another config, or one of these or None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cdvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def check(*rules: tuple[bool, str]) -> None:
+    """Holds the rules of a config, for use in its `__post_init__`.
+
+    Args:
+        rules: Pairs (holds, message); a message begins with the field, as `steps=0: must be at least 1`.
+
+    Raises:
+        ValueError: With one line for every rule that does not hold.
+    """
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Builds a config from its defaults, a YAML file over them, and `key=value` overrides over both.
+
+    Args:
+        cls: The config's dataclass; dataclasses may be nested.
+        file: A YAML file whose keys are the names of fields.
+        overrides: Texts as `steps=200` or `semantic.weight=0.5`; lists as `sizes=[1, 2]`; `null` is None.
+
+    Raises:
+        UserError: Naming every unknown key, wrong type and broken rule there is, not only the first.
+    """
+    tree = {} if file is None else _read_yaml(file)
+    problems: list[str] = []
+    for override in overrides:
+        problems += _lay_over(tree, override)
+    try:
+        config = _build(cls, tree)
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise UserError(
+            f"{len(problems)} fault{'s' * (len(problems) > 1)} in the settings:"
+            + "".join(f"\n    {problem}" for problem in problems),
+            allowed=f"the fields of {cls.__qualname__}, with their ranges, in {cls.__module__.replace('.', '/')}.py",
+            do=f"correct {f'{file} or ' if file else ''}the key=value settings on the command line",
+        )
+    return config
+
+
+def to_yaml(config: DataclassInstance) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Text(str):
+    """A value from the command line: not parsed yet, since only the field's type says how."""
+
+    __slots__ = ()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    allowed = "a YAML file of `key: value` lines"
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise UserError(f"config {file}: {error.strerror}", allowed=allowed, do="check the path of --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {file}: {error}", allowed=allowed, do="correct the file at that place") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config {file} holds a {type(tree).__name__}", allowed=allowed, do="write `key: value` lines")
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> list[str]:
+    """Writes one `a.b=value` into the tree; returns what is wrong with it."""
+    key, equals, value = override.partition("=")
+    *groups, leaf = key.strip().split(".")
+    if not equals or not all([*groups, leaf]):
+        return [f"{override!r}: an override is written key=value"]
+    for group in groups:
+        if tree.get(group) is None:
+            tree[group] = {}
+        tree = tree[group]
+        if not isinstance(tree, dict):
+            return [f"{override!r}: {group} holds no further keys"]
+    tree[leaf] = _Text(value)
+    return []
+
+
+def _build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
+    """Builds the dataclass from a tree of plain values. Raises ValueError with one line per fault."""
+    kinds = get_type_hints(cls)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in kinds:
+            problems.append(f"{prefix}{key}: no such setting{_did_you_mean(str(key), list(_leaves(cls)))}")
+            continue
+        try:
+            values[key] = _convert(value, kinds[key], f"{prefix}{key}")
+        except ValueError as error:
+            problems += str(error).splitlines()
+
+    required = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+    problems += [f"{prefix}{name}: has no default and must be given" for name in required if name not in tree]
+    if all(name in values for name in required):
+        try:
+            # With faults above, their fields take the defaults here, so that the broken rules are told along with them.
+            config = cls(**values)
+        except ValueError as error:
+            problems += [prefix + line for line in str(error).splitlines()]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    """Turns a value from YAML or the command line into one of the field's type, strictly. Raises ValueError."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        (inner,) = [option for option in options if option is not types.NoneType]  # only `X | None` is known
+        is_none = value is None or (isinstance(value, _Text) and value == "null")
+        return None if is_none else _convert(value, inner, name)
+    if origin is Literal:
+        for option in options:
+            if value == (str(option) if isinstance(value, _Text) else option):
+                return option
+    elif isinstance(value, _Text) and kind not in (str, Path):
+        return _convert(_parse(value, name), kind, name)
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _build(kind, value, f"{name}.")
+    elif origin is tuple and isinstance(value, list):
+        inners = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(inners) == len(value):
+            return _convert_all(value, inners, name)
+    elif kind is Path and isinstance(value, str) and value:
+        return Path(value).expanduser()
+    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _finite(value, name)  # text too: YAML takes 1e-4 for text, and 1.0e-4 for a number
+    elif kind is str and isinstance(value, str):
+        return str(value)
+    elif kind in (bool, int) and type(value) is kind:
+        return value
+    raise ValueError(f"{name}={value!r}: must be {_describe(kind)}")
+
+
+def _convert_all(values: Sequence[Any], kinds: Sequence[Any], name: str) -> tuple[Any, ...]:
+    return tuple(
+        _convert(value, kind, f"{name}[{i}]") for i, (value, kind) in enumerate(zip(values, kinds, strict=True))
+    )
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}={text}: can not be read; lists are written [a, b]") from error
+
+
+def _finite(value: float | str, name: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r}: must be {_describe(float)}")
+    return number
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text, in quotes", Path: "a path"}
+
+
+def _describe(kind: Any) -> str:
+    """A type in words: `a whole number`, `one of ddim, dpm++`, ..."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(str(option) for option in options)}"
+    if origin is tuple:
+        count = "any number" if options[-1] is Ellipsis else str(len(options))
+        return f"a list [...] of {count} of: {_describe(options[0])}"
+    if dataclasses.is_dataclass(kind):
+        return f"a group of settings ({', '.join(field.name for field in dataclasses.fields(kind))})"
+    return _WORDS[kind]
+
+
+def _did_you_mean(key: str, names: Sequence[str]) -> str:
+    """The settings that the unknown key may have meant: those that look alike, or stand in a group."""
+    alike = [name for name in names if name.rpartition(".")[2] == key] or difflib.get_close_matches(key, names, n=2)
+    return f", did you mean {' or '.join(alike)}?" if alike else f"; there are {', '.join(names)}"
+
+
+def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings."""
+    kinds = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        groups = [k for k in (kinds[field.name], *get_args(kinds[field.name])) if dataclasses.is_dataclass(k)]
+        if groups:
+            yield from _leaves(groups[0], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
