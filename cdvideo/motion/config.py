@@ -1,0 +1,94 @@
+"""The shape of a set of motion modules, in the words of diffusers' MotionAdapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cdvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+NormMode = Literal["original", "diffusers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionConfig:
+    """Everything that fixes the keys and shapes of motion modules, plus how their weights were trained.
+
+    The first nine fields bear the names, meanings and defaults of diffusers' MotionAdapter.
+
+    norm_mode: over what the GroupNorm at a motion module's entrance takes its statistics: "original" over each
+        frame (what AnimateDiff's checkpoints were trained with), "diffusers" over all frames of a film jointly.
+    trained_for: hash of the base that the weights were trained on, or None where nobody knows.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    motion_layers_per_block: int | tuple[int, ...] = 2
+    motion_transformer_layers_per_block: int | tuple[int, ...] = 1
+    motion_mid_block_layers_per_block: int = 1
+    motion_transformer_layers_per_mid_block: int | tuple[int, ...] = 1
+    motion_num_attention_heads: int | tuple[int, ...] = 8
+    motion_norm_num_groups: int = 32
+    motion_max_seq_length: int = 32
+    use_motion_mid_block: bool = True
+    norm_mode: NormMode = "original"
+    trained_for: str | None = None
+
+    def __post_init__(self) -> None:
+        for channels, heads in zip(self.block_out_channels, self.heads_per_block, strict=True):
+            if channels % heads:
+                raise UserError(
+                    f"{heads} temporal attention heads over {channels} channels",
+                    allowed="a number of heads that divides the channels of its block",
+                    do="change motion_num_attention_heads",
+                )
+
+    @property
+    def layers_per_block(self) -> tuple[int, ...]:
+        """Motion modules in each down block; up blocks have one more, in reverse order."""
+        return _per_block(self.motion_layers_per_block, len(self.block_out_channels))
+
+    @property
+    def transformer_layers_per_block(self) -> tuple[int, ...]:
+        return _per_block(self.motion_transformer_layers_per_block, len(self.block_out_channels))
+
+    @property
+    def transformer_layers_per_mid_block(self) -> tuple[int, ...]:
+        return _per_block(self.motion_transformer_layers_per_mid_block, self.motion_mid_block_layers_per_block)
+
+    @property
+    def heads_per_block(self) -> tuple[int, ...]:
+        return _per_block(self.motion_num_attention_heads, len(self.block_out_channels))
+
+    @classmethod
+    def for_unet(cls, unet: UNet2DConditionModel, **options: Any) -> MotionConfig:
+        """The config that fits `unet`; `options` are any other fields, such as `motion_num_attention_heads=4`."""
+        layers = _per_block(unet.config["layers_per_block"], len(unet.config["block_out_channels"]))
+        return cls(
+            block_out_channels=tuple(unet.config["block_out_channels"]),
+            motion_layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
+            **{"motion_norm_num_groups": unet.config["norm_num_groups"], **options},
+        )
+
+    def check_fits(self, unet: UNet2DConditionModel) -> None:
+        """Raises UserError where these motion modules can not sit in `unet`."""
+        wanted = MotionConfig.for_unet(unet)
+        given = (self.block_out_channels, self.layers_per_block)
+        allowed = (wanted.block_out_channels, wanted.layers_per_block)
+        if given != allowed:
+            raise UserError(
+                f"motion modules of widths {given[0]} with {given[1]} layers per block",
+                allowed=f"widths {allowed[0]} with {allowed[1]} layers per block, as the image model has",
+                do="choose motion modules that were trained for this base",
+            )
+
+
+def _per_block(value: int | list[int] | tuple[int, ...], count: int) -> tuple[int, ...]:
+    values = (value,) * count if isinstance(value, int) else tuple(value)
+    if len(values) != count or not all(isinstance(v, int) for v in values):
+        raise UserError(
+            f"{value!r} for {count} blocks", allowed=f"one number, or {count} numbers", do="correct the motion config"
+        )
+    return values

@@ -1,0 +1,117 @@
+"""An image UNet that draws films: its own blocks, with a motion module after each (resnet, attention) pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from cdvideo.errors import UserError
+from cdvideo.motion.modules import MotionModules
+
+
+class VideoUNet:
+    """Walks an image UNet by reference over films (arXiv 2307.04725, section 4.2).
+
+    Owns no weights: whatever sits in `unet` (adapters, attention processors) is in the film, and training `motion`
+    through a frozen `unet` works by calling this.
+
+    Raises:
+        UserError: the motion modules have other widths than the UNet, or the UNet is of a kind (SDXL, ...) whose
+            extra conditioning this walk does not know.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, motion: MotionModules) -> None:
+        motion.config.check_fits(unet)
+        _check_kind(unet)
+        self.unet = unet
+        self.motion = motion
+
+    def __call__(self, latents_BFCHW: Tensor, timestep: Tensor | int, text_BLD: Tensor | None) -> Tensor:
+        """Predicts what the base was trained to predict (noise or velocity), for whole films.
+
+        Args:
+            latents_BFCHW: noisy latents.
+            timestep: one for all films, or timesteps_B.
+            text_BLD: encoded prompts, one per film; None when the cross-attentions read a compiled prompt.
+
+        Returns:
+            prediction_BFCHW
+
+        Raises:
+            UserError: more frames than the motion modules' position table has.
+        """
+        num_frames = latents_BFCHW.shape[1]
+        self._check_frames(num_frames)
+        unet, motion = self.unet, self.motion
+
+        time_BD = unet.time_embedding(unet.get_time_embed(sample=latents_BFCHW, timestep=timestep))
+        time_ND = time_BD.repeat_interleave(num_frames, dim=0)
+        text_NLD = None if text_BLD is None else text_BLD.repeat_interleave(num_frames, dim=0)
+
+        def attend(hidden_NCHW: Tensor, attention: nn.Module | None, motion_module: nn.Module | None) -> Tensor:
+            if attention is not None:
+                hidden_NCHW = attention(hidden_NCHW, encoder_hidden_states=text_NLD, return_dict=False)[0]
+            return hidden_NCHW if motion_module is None else motion_module(hidden_NCHW, num_frames)
+
+        hidden_NCHW = unet.conv_in(latents_BFCHW.flatten(0, 1))
+        skips = [hidden_NCHW]
+        for block, motion_block in zip(unet.down_blocks, motion.down_blocks, strict=True):
+            for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
+                hidden_NCHW = attend(resnet(hidden_NCHW, time_ND), attention, motion_module)
+                skips.append(hidden_NCHW)
+            for downsampler in block.downsamplers or ():
+                hidden_NCHW = downsampler(hidden_NCHW)
+                skips.append(hidden_NCHW)
+
+        first, *others = unet.mid_block.resnets
+        hidden_NCHW = first(hidden_NCHW, time_ND)
+        for resnet, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
+            hidden_NCHW = resnet(attend(hidden_NCHW, attention, motion_module), time_ND)
+
+        for block, motion_block in zip(unet.up_blocks, motion.up_blocks, strict=True):
+            for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
+                hidden_NCHW = resnet(torch.cat([hidden_NCHW, skips.pop()], dim=1), time_ND)
+                hidden_NCHW = attend(hidden_NCHW, attention, motion_module)
+            for upsampler in block.upsamplers or ():
+                # The next skip says the size, so that latents of odd height or width find their way back.
+                hidden_NCHW = upsampler(hidden_NCHW, skips[-1].shape[-2:])
+
+        if unet.conv_norm_out is not None:
+            hidden_NCHW = unet.conv_act(unet.conv_norm_out(hidden_NCHW))
+        return unet.conv_out(hidden_NCHW).unflatten(0, (-1, num_frames))
+
+    def _check_frames(self, num_frames: int) -> None:
+        if not 1 <= num_frames <= self.motion.max_frames:
+            raise UserError(
+                f"a film of {num_frames} frames",
+                allowed=f"1 to {self.motion.max_frames} frames: the length of the motion modules' position table",
+                do="ask for fewer frames",
+            )
+
+
+def _layers(resnets: Sequence[nn.Module], block: Any, motion_block: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """(resnet, spatial attention, motion module) of a block; None where it has none."""
+    none = [None] * len(resnets)
+    attentions = block.attentions if getattr(block, "has_cross_attention", False) else none
+    motion_modules = none if motion_block is None else motion_block.motion_modules
+    return zip(resnets, attentions, motion_modules, strict=True)
+
+
+def _check_kind(unet: UNet2DConditionModel) -> None:
+    """The walk repeats UNet2DConditionModel.forward for the Stable Diffusion 1 and 2 family, and for no other."""
+    unknown = ["addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn"]
+    extra = [name for name in unknown if unet.config.get(name) is not None]
+    extra += [name for name in ("center_input_sample", "num_class_embeds") if unet.config.get(name)]
+    blocks = {*unet.config["down_block_types"], unet.config["mid_block_type"], *unet.config["up_block_types"]}
+    known = {"CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
+    extra += sorted(str(name) for name in blocks - known)
+    if extra:
+        raise UserError(
+            f"an image model with {', '.join(extra)}",
+            allowed="UNets of the Stable Diffusion 1 and 2 family",
+            do="choose another base",
+        )

@@ -1,0 +1,130 @@
+"""The walk over films: by reference, differentiable in the motion modules alone, and clear about what it can not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from cdvideo.errors import UserError
+from cdvideo.motion.modules import MotionModules
+from cdvideo.motion.video_unet import VideoUNet
+
+
+def make_unet(**options: Any) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**shape, **options}).eval().requires_grad_(False)
+
+
+def make_motion(unet: UNet2DConditionModel, *, zero: bool = False, **options: Any) -> MotionModules:
+    torch.manual_seed(1)
+    motion = MotionModules.for_unet(unet, motion_num_attention_heads=2, **options)
+    if not zero:
+        for parameter in motion.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    return motion
+
+
+def make_inputs(frames: int, films: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(films, frames, 4, 8, 8, generator=generator), torch.randn(films, 5, 24, generator=generator)
+
+
+def test_adds_no_second_set_of_weights() -> None:
+    unet = make_unet()
+    motion = make_motion(unet)
+    video_unet = VideoUNet(unet, motion)
+    assert video_unet.unet is unet
+    assert not isinstance(video_unet, torch.nn.Module)
+    assert not {id(p) for p in unet.parameters()} & {id(p) for p in motion.parameters()}
+
+
+@torch.no_grad()
+def test_what_changes_in_the_image_unet_is_in_the_film() -> None:
+    unet = make_unet()
+    video_unet = VideoUNet(unet, make_motion(unet))
+    latents_BFCHW, text_BLD = make_inputs(frames=3)
+    before = video_unet(latents_BFCHW, 10, text_BLD)
+    unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_v.weight.add_(0.5)
+    assert not torch.equal(before, video_unet(latents_BFCHW, 10, text_BLD))
+
+
+def test_gradient_reaches_every_motion_weight_and_nothing_else() -> None:
+    unet = make_unet()
+    motion = make_motion(unet)
+    latents_BFCHW, text_BLD = make_inputs(frames=3, films=2)
+    VideoUNet(unet, motion)(latents_BFCHW, torch.tensor([5, 700]), text_BLD).square().mean().backward()
+    without = [
+        name for name, parameter in motion.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without == []
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_fresh_motion_can_leave_zero() -> None:
+    """Zero proj_out blocks the gradient of everything before it, but gets one itself, so training starts."""
+    unet = make_unet()
+    motion = make_motion(unet, zero=True)
+    latents_BFCHW, text_BLD = make_inputs(frames=3)
+    VideoUNet(unet, motion)(latents_BFCHW, 5, text_BLD).square().mean().backward()
+    moved = {
+        name for name, parameter in motion.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert moved == {name for name, _ in motion.named_parameters() if ".proj_out." in name}
+
+
+@torch.no_grad()
+def test_films_in_a_batch_do_not_see_each_other() -> None:
+    unet = make_unet()
+    for norm_mode in ("original", "diffusers"):
+        video_unet = VideoUNet(unet, make_motion(unet, norm_mode=norm_mode))
+        latents_BFCHW, text_BLD = make_inputs(frames=4, films=3)
+        together = video_unet(latents_BFCHW, 10, text_BLD)
+        alone = torch.cat([video_unet(latents_BFCHW[b : b + 1], 10, text_BLD[b : b + 1]) for b in range(3)])
+        assert (together - alone).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_frames_of_a_film_see_each_other() -> None:
+    unet = make_unet()
+    video_unet = VideoUNet(unet, make_motion(unet))
+    latents_BFCHW, text_BLD = make_inputs(frames=4)
+    changed_BFCHW = latents_BFCHW.clone()
+    changed_BFCHW[:, 3] += 1
+    assert not torch.allclose(
+        video_unet(latents_BFCHW, 10, text_BLD)[:, 0], video_unet(changed_BFCHW, 10, text_BLD)[:, 0]
+    )
+
+
+@pytest.mark.parametrize("frames", [0, 9])
+def test_refuses_films_that_the_position_table_does_not_reach(frames: int) -> None:
+    unet = make_unet()
+    video_unet = VideoUNet(unet, make_motion(unet, motion_max_seq_length=8))
+    latents_BFCHW, text_BLD = make_inputs(frames=frames)
+    with pytest.raises(UserError, match=rf"{frames} frames[\s\S]*1 to 8 frames"):
+        video_unet(latents_BFCHW, 10, text_BLD)
+
+
+def test_refuses_motion_of_another_base() -> None:
+    motion = make_motion(make_unet(block_out_channels=(16, 48)))
+    with pytest.raises(UserError, match=r"\(16, 48\)[\s\S]*\(16, 32\)"):
+        VideoUNet(make_unet(), motion)
+
+
+def test_refuses_unets_of_another_family() -> None:
+    unet = make_unet(num_class_embeds=3)
+    with pytest.raises(UserError, match="num_class_embeds"):
+        VideoUNet(unet, make_motion(unet))
