@@ -54,7 +54,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong flag
-        return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_FAILURE
+        return int(stop.code or EXIT_DONE)
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE

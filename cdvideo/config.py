@@ -144,7 +144,7 @@ def _build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in kinds:
-            problems.append(f"{prefix}{key}: no such setting{_did_you_mean(str(key), list(_leaves(cls)))}")
+            problems.append(f"{prefix}{key}: no such setting{_did_you_mean(str(key), list(_leaves(cls)), prefix)}")
             continue
         try:
             values[key] = _convert(value, kinds[key], f"{prefix}{key}")
@@ -233,10 +233,12 @@ def _describe(kind: Any) -> str:
     return _WORDS[kind]
 
 
-def _did_you_mean(key: str, names: Sequence[str]) -> str:
-    """The settings that the unknown key may have meant: those that look alike, or stand in a group."""
-    alike = [name for name in names if name.rpartition(".")[2] == key] or difflib.get_close_matches(key, names, n=2)
-    return f", did you mean {' or '.join(alike)}?" if alike else f"; there are {', '.join(names)}"
+def _did_you_mean(key: str, names: Sequence[str], prefix: str) -> str:
+    """The settings that the unknown key may have meant: those that stand in a group, or look alike."""
+    alike = [name for name in names if name.rpartition(".")[2] == key] or difflib.get_close_matches(key, names, n=1)
+    if alike:
+        return f", did you mean {' or '.join(prefix + name for name in alike)}?"
+    return f"; there are {', '.join(prefix + name for name in names)}"
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
