@@ -1,0 +1,33 @@
+"""Pixels to scaled latents and back, for AutoencoderKL and AutoencoderTiny alike."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
+
+
+def encode_pixels(vae: Vae, pixels_BCHW: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels in [-1, 1] to latents multiplied by the VAE's ``scaling_factor``.
+
+    AutoencoderKL's latents are drawn from its posterior when a generator is given, else its mode is taken.
+    """
+    encoded = vae.encode(pixels_BCHW.to(vae.device, vae.dtype))
+    if isinstance(vae, AutoencoderTiny):
+        latents_BCHW = encoded.latents
+    elif generator is None:
+        latents_BCHW = encoded.latent_dist.mode()
+    else:
+        latents_BCHW = encoded.latent_dist.sample(generator)
+    return latents_BCHW * vae.config.scaling_factor
+
+
+def decode_latents(vae: Vae, latents_BCHW: Tensor, *, chunk: int = 4) -> Tensor:
+    """Scaled latents to float32 pixels clamped to [-1, 1], ``chunk`` pictures at a time."""
+    latents_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = [vae.decode(part).sample.float().clamp(-1, 1) for part in latents_BCHW.split(chunk)]
+    return torch.cat(pixels)

@@ -1,0 +1,71 @@
+"""Noise schedules: diffusers' schedulers made from the base's own settings, and the maths of the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+SamplerName: TypeAlias = Literal["ddim", "dpm++"]
+Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
+
+
+def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim") -> Scheduler:
+    """A sampler with the base's betas and prediction type: DDIM (arXiv 2010.02502) or DPM-Solver++ 2M (arXiv 2211.01095)."""
+    if name == "ddim":
+        return DDIMScheduler.from_config(dict(config))
+    return DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++", solver_order=2)
+
+
+def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
+    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (DDPM, arXiv 2006.11239, eq. 4); latents of any rank, batch first."""
+    signal, sigma = _signal_and_noise(scheduler, timesteps_B, latents)
+    return signal * latents + sigma * noise
+
+
+def training_target(scheduler: Scheduler, latents: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
+    """What the UNet is to predict: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512, appendix D)."""
+    if scheduler.config["prediction_type"] == "epsilon":
+        return noise
+    assert scheduler.config["prediction_type"] == "v_prediction", scheduler.config["prediction_type"]
+    signal, sigma = _signal_and_noise(scheduler, timesteps_B, latents)
+    return signal * noise - sigma * latents
+
+
+def _signal_and_noise(scheduler: Scheduler, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    alpha_bar = scheduler.alphas_cumprod.to(like.device)[timesteps_B].float()
+    alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def snr(scheduler: Scheduler, timesteps_B: Tensor) -> Tensor:
+    """Signal-to-noise ratio abar_t / (1 - abar_t), float32; 0 at the last step of a zero-terminal-SNR schedule."""
+    alpha_bar_B = scheduler.alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+    return alpha_bar_B / (1 - alpha_bar_B)
+
+
+def min_snr_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """Min-SNR-gamma loss weights (arXiv 2303.09556, section 3.4).
+
+    The weight of the z_0 loss is min(SNR, gamma); divided by SNR for noise prediction, by SNR + 1 for v prediction.
+    Where the SNR is 0 noise prediction learns nothing of the picture, and its weight is 1.
+    """
+    snr_B = snr(scheduler, timesteps_B)
+    clipped_B = snr_B.clamp(max=gamma)
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return clipped_B / (snr_B + 1)
+    return torch.where(snr_B > 0, clipped_B / snr_B.clamp(min=1e-12), torch.ones_like(snr_B))
+
+
+def truncated_v_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """(min(SNR, gamma) + 1) / (SNR + 1): Min-SNR's cut at gamma applied to the SNR + 1 weighting of v prediction.
+
+    Min-SNR's own v weight is 0 at SNR 0, so a zero-terminal-SNR model would never learn its first sampling step. Here the
+    weight stays 1 up to SNR = gamma (arXiv 2202.00512, section 4, "SNR+1 weighting") and falls as Min-SNR's above it.
+    """
+    assert scheduler.config["prediction_type"] == "v_prediction", scheduler.config["prediction_type"]
+    snr_B = snr(scheduler, timesteps_B)
+    return (snr_B.clamp(max=gamma) + 1) / (snr_B + 1)
