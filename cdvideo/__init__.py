@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cdvideo.media.export import write_video
     from cdvideo.motion.video_unet import VideoUNet
     from cdvideo.sampling.image import sample_images
-    from cdvideo.sampling.prompt_kv import compile_prompt
+    from cdvideo.sampling.prompt_kv import compile_prompts
     from cdvideo.sampling.video import sample_video
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "Concept": "concept.file",
     "UserError": "errors",
     "VideoUNet": "motion.video_unet",
-    "compile_prompt": "sampling.prompt_kv",
+    "compile_prompts": "sampling.prompt_kv",
     "load_base": "base.loader",
     "load_concept": "concept.file",
     "load_config": "config",
@@ -50,7 +50,7 @@ __all__ = [
     "Concept",
     "UserError",
     "VideoUNet",
-    "compile_prompt",
+    "compile_prompts",
     "load_base",
     "load_concept",
     "load_config",

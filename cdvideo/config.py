@@ -71,7 +71,7 @@ def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[s
     for override in overrides:
         problems += _lay_over(tree, override)
     try:
-        config = _build(cls, tree)
+        config = _build(cls, tree, _defaults(cls))
     except ValueError as error:
         problems += str(error).splitlines()
     if problems:
@@ -137,25 +137,27 @@ def _lay_over(tree: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-def _build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
-    """Builds the dataclass from a tree of plain values. Raises ValueError with one line per fault."""
+def _build(cls: type[T], tree: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> T:
+    """Builds the dataclass from a tree of plain values over defaults. Raises ValueError with one line per fault."""
     kinds = get_type_hints(cls)
     problems: list[str] = []
-    values: dict[str, Any] = {}
+    values = dict(defaults)
     for key, value in tree.items():
         if key not in kinds:
             problems.append(f"{prefix}{key}: no such setting{_did_you_mean(str(key), list(_leaves(cls)), prefix)}")
             continue
         try:
-            values[key] = _convert(value, kinds[key], f"{prefix}{key}")
+            values[key] = _convert(value, kinds[key], f"{prefix}{key}", defaults.get(key))
         except ValueError as error:
             problems += str(error).splitlines()
 
-    required = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
-    problems += [f"{prefix}{name}: has no default and must be given" for name in required if name not in tree]
-    if all(name in values for name in required):
+    names = [field.name for field in dataclasses.fields(cls)]
+    problems += [
+        f"{prefix}{name}: has no default and must be given" for name in names if name not in {**tree, **values}
+    ]
+    if all(name in values for name in names):
         try:
-            # With faults above, their fields take the defaults here, so that the broken rules are told along with them.
+            # Faulty settings have their defaults here, so that the rules which the others break are told with them.
             config = cls(**values)
         except ValueError as error:
             problems += [prefix + line for line in str(error).splitlines()]
@@ -164,21 +166,24 @@ def _build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
     return config
 
 
-def _convert(value: Any, kind: Any, name: str) -> Any:
-    """Turns a value from YAML or the command line into one of the field's type, strictly. Raises ValueError."""
+def _convert(value: Any, kind: Any, name: str, default: Any = None) -> Any:
+    """Turns a value from YAML or the command line into one of the field's type, strictly. Raises ValueError.
+
+    A group of settings lies over `default`, so that `semantic.weight=2` changes nothing else in `semantic`.
+    """
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         (inner,) = [option for option in options if option is not types.NoneType]  # only `X | None` is known
         is_none = value is None or (isinstance(value, _Text) and value == "null")
-        return None if is_none else _convert(value, inner, name)
+        return None if is_none else _convert(value, inner, name, default)
     if origin is Literal:
         for option in options:
             if value == (str(option) if isinstance(value, _Text) else option):
                 return option
     elif isinstance(value, _Text) and kind not in (str, Path):
-        return _convert(_parse(value, name), kind, name)
+        return _convert(_parse(value, name), kind, name, default)
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _build(kind, value, f"{name}.")
+        return _build(kind, value, _defaults(kind) if default is None else _shallow(default), f"{name}.")
     elif origin is tuple and isinstance(value, list):
         inners = options[:1] * len(value) if options[-1] is Ellipsis else options
         if len(inners) == len(value):
@@ -252,8 +257,15 @@ def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The defaults of those fields that have one."""
+    fields = dataclasses.fields(cls)
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return made | {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def _shallow(config: DataclassInstance) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

@@ -60,8 +60,8 @@ def create_run(parent: Path, name: str, *, resume: bool = False) -> Run:
 
     Args:
         parent: Where runs are kept, for instance `runs/`; made where it is missing.
-        name: The run's name. Where parent/name exists already, the new folder is parent/name-2, then name-3, ...,
-            so that earlier results stay whole.
+        name: The run's name. Where parent/name holds something already, the new folder is parent/name-2, then name-3,
+            ..., so that earlier results stay whole.
         resume: Take the newest existing folder of that name instead of making one.
 
     Raises:
@@ -134,6 +134,8 @@ def _numbered(parent: Path, name: str) -> dict[int, Path]:
 
 
 def _make_folder(parent: Path, name: str) -> Path:
+    if (parent / name).is_dir() and not any((parent / name).iterdir()):
+        return parent / name
     for number in itertools.count(max(_numbered(parent, name), default=0) + 1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:

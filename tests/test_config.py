@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,12 @@ class Semantic:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    steps: int
+    batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     steps: int = 400
     save_every: int = 100
@@ -32,6 +38,7 @@ class Example:
     window: tuple[int, float] = (16, 0.5)
     semantic: Semantic = Semantic()
     prior: Semantic | None = None
+    loop: Loop = field(default_factory=lambda: Loop(steps=7, batch=3))
 
     def __post_init__(self) -> None:
         check(
@@ -91,6 +98,11 @@ def test_overrides_are_read_as_their_field_has_it() -> None:
     assert config.images == Path.home() / "photos"
     assert (config.sizes, config.window) == ((96,), (8, 1.0))
     assert config.prior == Semantic(weight=3)
+
+
+def test_a_group_lies_over_the_default_of_its_field(tmp_path: Path) -> None:
+    assert load_config(Example, overrides=["loop.steps=9"]).loop == Loop(steps=9, batch=3)
+    assert load_config(Example, file=yaml_file(tmp_path, "loop: {batch: 2}\n")).loop == Loop(steps=7, batch=2)
 
 
 def test_null_is_none_only_where_the_field_may_be_empty(tmp_path: Path) -> None:

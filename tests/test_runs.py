@@ -25,6 +25,11 @@ def test_earlier_results_stay_whole(tmp_path: Path) -> None:
     assert (first.folder / "result.txt").read_text() == "mine"
 
 
+def test_an_empty_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "rex").mkdir()
+    assert create_run(tmp_path, "rex").folder.name == "rex"
+
+
 def test_numbers_only_grow(tmp_path: Path) -> None:
     (tmp_path / "rex-7").mkdir()
     (tmp_path / "rex-file-9").mkdir()
