@@ -1,0 +1,63 @@
+"""Put the trained parts into one folder in diffusers' layout, in half precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cdvideo.errors import UserError
+
+MAX_BYTES = 32 * 2**20
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion")
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderTiny"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+def export_base(model: Path, target: Path) -> None:
+    """Writes ``model``'s parts into ``target`` as fp16; other files in ``target`` stay.
+
+    Raises:
+        UserError: the folder would be larger than 32 MiB; ``target`` is left as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        new = Path(scratch) / "base"
+        shutil.copytree(model, new)
+        for file in new.rglob("*.safetensors"):
+            save_file({k: _half(v) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+        index = {"_diffusers_version": version("diffusers"), **MODEL_INDEX}
+        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
+        if size > MAX_BYTES:
+            raise UserError(
+                f"the base takes {size / 2**20:.1f} MiB",
+                allowed=f"at most {MAX_BYTES // 2**20} MiB",
+                do="choose fewer channels or layers",
+            )
+        target.mkdir(exist_ok=True)
+        for item in new.iterdir():
+            old = target / item.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            item.replace(old)
+    print(f"exported {size / 2**20:.2f} MiB to {target}")
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor

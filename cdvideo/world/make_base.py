@@ -1,0 +1,192 @@
+"""Make the embedded base from nothing: render the world, train every part, put them into one diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
+from cdvideo.config import to_yaml
+from cdvideo.device import pick_device
+from cdvideo.errors import UserError
+from cdvideo.runs import atomic_path, require_writable
+from cdvideo.world.card import write_card
+from cdvideo.world.config import MakeBaseConfig
+from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split
+from cdvideo.world.export import export_base
+from cdvideo.world.tokenizer import caption_words, tokenize_split, train_tokenizer
+from cdvideo.world.train_motion import train_motion
+from cdvideo.world.train_text import train_text
+from cdvideo.world.train_unet import train_unet
+from cdvideo.world.train_vae import encode_world, train_vae
+from cdvideo.world.training import Limits
+
+STAGES = ("sprites", "data", "vae", "text", "latents", "unet", "motion", "export")
+TRAINED = {"vae": train_vae, "text": train_text, "unet": train_unet, "motion": train_motion}
+NEEDS = {
+    "vae": ("{cache}/train/labels.jsonl",),
+    "text": ("{cache}/train/labels.jsonl", "{cache}/heldout/labels.jsonl"),
+    "latents": ("{cache}/clips/labels.jsonl", "{out}/model/vae"),
+    "unet": ("{cache}/train/latents.npy", "{cache}/train/caption_ids.npy", "{out}/model/text_encoder"),
+    "motion": ("{cache}/clips/latents.npy", "{cache}/clips/caption_ids.npy", "{out}/model/unet"),
+    "export": ("{out}/model/unet", "{out}/model/motion", "{out}/model/vae", "{out}/model/text_encoder"),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line of scripts/make_base.py."""
+    start = time.perf_counter()
+    parser = ArgumentParser(description="Make the embedded base. Every stage goes on where it was interrupted.")
+    parser.add_argument("--stage", choices=[*STAGES, "scenes", "clips", "all"], default="all")
+    parser.add_argument("--minutes", type=float, metavar="M", help="most minutes that each training stage takes now")
+    parser.add_argument("--fit", action="store_true", help="end the training schedule with the minutes")
+    parser.add_argument("--sprites", type=Path, default=Path(".sprites"), metavar="FOLDER", help="the world's drawings")
+    parser.add_argument("--export", type=Path, default=Path("cdvideo/base/tiny"), metavar="FOLDER")
+    add_common_flags(parser, resume=False)
+    args = parser.parse_intermixed_args(argv)
+    config = config_from_flags(MakeBaseConfig, args)
+    if args.fit and args.minutes is None:
+        raise UserError("--fit without --minutes", allowed="--minutes M --fit", do="say how many minutes there are")
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes}", allowed="a number above 0", do="give the stage some time")
+    limits = Limits(seconds=args.minutes and 60 * args.minutes, fit=args.fit, quiet=args.quiet)
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    make_base(config, stages, limits=limits, sprites=args.sprites, export=args.export)
+    if not args.quiet:
+        print_usage_footer(start)
+
+
+def make_base(
+    config: MakeBaseConfig,
+    stages: Sequence[str],
+    *,
+    limits: Limits,
+    sprites: Path,
+    export: Path,
+    world: World | None = None,
+) -> None:
+    """Runs stages in the given order; each takes up its own earlier state. ``world`` defaults to the illustrated one.
+
+    Raises:
+        UserError: a stage needs what an earlier one has not made yet, or sprites are missing.
+    """
+    require_writable(config.out)
+    device = pick_device(config.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    (config.out / "config.yaml").write_text(to_yaml(config))
+    for stage in stages:
+        _require(stage, config)
+        if stage == "sprites":
+            _fetch(sprites)
+        elif stage in ("data", "scenes", "clips"):
+            splits: dict[str, tuple[Split, ...]] = {"data": SPLITS, "scenes": SPLITS[:2], "clips": SPLITS[2:]}
+            render(config, splits[stage], world or IllustratedWorld(sprites))
+        elif stage == "latents":
+            encode_world(config, device)
+        elif stage == "export":
+            export_base(config.out / "model", export)
+            write_card(config, export)
+        else:
+            if stage == "text":
+                make_tokenizer(config, sprites)
+            if stage in ("unet", "motion"):
+                tokenize_world(config, sprites)
+            record(config, stage, TRAINED[stage](config, device, limits), device)
+
+
+def _require(stage: str, config: MakeBaseConfig) -> None:
+    for template in NEEDS.get(stage, ()):
+        path = Path(template.format(cache=config.cache, out=config.out))
+        if not path.exists():
+            raise UserError(
+                f"stage {stage!r} needs {path}, which is not there",
+                allowed=f"stages in the order {', '.join(STAGES)}",
+                do="run the earlier stages first, or --stage all",
+            )
+
+
+def _fetch(sprites: Path) -> None:
+    from cdvideo.world.sprites import fetch_sprites
+
+    if not any(sprites.glob("*/*.png")):
+        fetch_sprites(sprites)
+
+
+def render(config: MakeBaseConfig, splits: Sequence[Split], world: World) -> None:
+    """Renders the splits into the cache."""
+    counts = {"train": config.data.scenes, "heldout": config.data.heldout_scenes, "clips": config.data.clips}
+    for split in splits:
+        render_split(
+            world,
+            config.cache / split,
+            split,
+            counts[split],
+            size=config.resolution,
+            frames=config.data.frames,
+            captions=config.data.captions,
+            seed=config.seed,
+            workers=config.workers,
+        )
+
+
+def make_tokenizer(config: MakeBaseConfig, sprites: Path) -> None:
+    """Learns the vocabulary from the training captions, once, and tokenises the splits that are rendered."""
+    folder = config.out / "model" / "tokenizer"
+    if not folder.is_dir():
+        captions = [str(text) for item in read_labels(config.cache / "train") for text in item["captions"]]
+        train_tokenizer(
+            folder,
+            world_words=caption_words(captions),
+            common_words=common_words(sprites),
+            size=config.text.vocabulary,
+            length=config.text.length,
+        )
+    tokenize_world(config, sprites)
+
+
+def tokenize_world(config: MakeBaseConfig, sprites: Path) -> None:
+    """Writes the caption ids of each rendered split that has none newer than its captions."""
+    tokenizer = CLIPTokenizer.from_pretrained(config.out / "model" / "tokenizer")
+    for split in SPLITS:
+        labels, ids = config.cache / split / "labels.jsonl", config.cache / split / "caption_ids.npy"
+        if labels.exists() and not (ids.exists() and ids.stat().st_mtime > labels.stat().st_mtime):
+            tokenize_split(config.cache / split, tokenizer, common_words=common_words(sprites), seed=config.seed)
+
+
+def common_words(sprites: Path) -> list[str]:
+    """English words beside the world's: the names and tags of pictures that lie with the sprites, where there are any."""
+    file = sprites / "words.json"
+    return [str(word) for word in json.loads(file.read_text())] if file.exists() else []
+
+
+def record(config: MakeBaseConfig, stage: str, facts: dict[str, Any], device: torch.device) -> None:
+    """Keeps what was measured, for the model card: model/training.json, one entry per stage."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    folder = config.out / "model" / {"text": "text_encoder"}.get(stage, stage)
+    kinds = {"vae": AutoencoderTiny, "text": CLIPTextModel, "unet": UNet2DConditionModel}
+    if stage in kinds:
+        parameters = sum(p.numel() for p in kinds[stage].from_pretrained(folder).parameters())
+    else:
+        from cdvideo.motion.files import load_motion
+
+        parameters = sum(p.numel() for p in load_motion(folder, device=torch.device("cpu")).parameters())
+    file = config.out / "model" / "training.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known[stage] = {**facts, "parameters": parameters, "device": name, "dtype": config.dtype}
+    known["data"] = {"seed": config.seed, **{split: _count(config.cache / split) for split in SPLITS}}
+    with atomic_path(file) as part:
+        part.write_text(json.dumps(known, indent=2) + "\n")
+    print(f"{stage}: {json.dumps(known[stage])}")
+
+
+def _count(folder: Path) -> int:
+    return len(read_labels(folder)) if (folder / "labels.jsonl").exists() else 0

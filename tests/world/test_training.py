@@ -1,0 +1,186 @@
+"""The base's training, every stage for a few steps at tiny size, on a toy world of coloured squares."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from cdvideo.base.loader import load_base
+from cdvideo.config import load_config
+from cdvideo.errors import UserError
+from cdvideo.motion.files import load_motion
+from cdvideo.world.config import MakeBaseConfig
+from cdvideo.world.dataset import Item, Split, read_labels, render_split
+from cdvideo.world.make_base import STAGES, make_base, render
+from cdvideo.world.training import Limits
+
+SIZE = 64
+SMOKE = Path(__file__).parents[2] / "configs" / "base" / "smoke.yaml"
+QUIET = Limits(quiet=True)
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+
+@dataclass(frozen=True)
+class SquareWorld:
+    """A coloured square on grey; in a clip it walks to the right."""
+
+    def item(self, rng: np.random.Generator, split: Split, *, frames: int, captions: int) -> Item:
+        colour = str(rng.choice(list(COLOURS)))
+        top, left = rng.integers(0, SIZE // 2, size=2)
+        count = frames if split == "clips" else 1
+        pictures = np.full((count, SIZE, SIZE, 3), 128, dtype=np.uint8)
+        mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+        for index in range(count):
+            pictures[index, top : top + 24, left + index : left + index + 24] = COLOURS[colour]
+        mask[top : top + 24, left : left + 24] = 255
+        return Item(pictures, mask, [f"a {colour} square"] * captions, {"subject": colour, "thing": ""})
+
+
+def smoke_config(folder: Path, *overrides: str) -> MakeBaseConfig:
+    paths = [f"out={folder / 'base'}", f"cache={folder / 'world'}", f"resolution={SIZE}", "device=cpu"]
+    return load_config(MakeBaseConfig, file=SMOKE, overrides=[*paths, *overrides])
+
+
+def make(config: MakeBaseConfig, stages: tuple[str, ...], folder: Path, limits: Limits = QUIET) -> None:
+    make_base(config, stages, limits=limits, sprites=folder / "none", export=folder / "tiny", world=SquareWorld())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MakeBaseConfig]:
+    folder = tmp_path_factory.mktemp("made")
+    config = smoke_config(folder)
+    make(config, STAGES[1:], folder)
+    return folder, config
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_every_stage_writes_its_part_and_its_facts(made: tuple[Path, MakeBaseConfig]) -> None:
+    folder, config = made
+    facts = json.loads((folder / "tiny" / "training.json").read_text())
+    assert {"vae", "text", "unet", "motion", "data"} == facts.keys()
+    assert all(facts[stage]["steps"] == 3 for stage in ("vae", "text", "unet", "motion"))
+    assert facts["data"]["train"] == config.data.scenes
+    for stage in ("vae", "unet", "motion"):
+        assert list((config.out / stage / "samples").glob("*.png")), stage
+        assert (config.out / stage / "metrics.jsonl").read_text().count("\n") == 3
+    card = (folder / "tiny" / "README.md").read_text()
+    assert f"{facts['unet']['parameters']:,}" in card and str(facts["vae"]["psnr_db"]) in card
+    assert "dog + headphones + surfing" in card
+
+
+def test_exported_folder_loads_in_diffusers_and_here(made: tuple[Path, MakeBaseConfig]) -> None:
+    folder, config = made
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "tiny")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red square", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (SIZE, SIZE, 3)
+    adapter = MotionAdapter.from_pretrained(folder / "tiny" / "motion")
+    film = AnimateDiffPipeline.from_pretrained(folder / "tiny", motion_adapter=adapter)
+    film.set_progress_bar_config(disable=True)
+    frames = film("a red square", num_frames=4, num_inference_steps=2, output_type="np").frames[0]
+    assert frames.shape == (4, SIZE, SIZE, 3)
+
+    base = load_base(str(folder / "tiny"), device=torch.device("cpu"))
+    assert base.resolution == SIZE and base.scheduler_config["rescale_betas_zero_snr"]
+    assert load_motion(folder / "tiny" / "motion", device=torch.device("cpu")).config.norm_mode == "diffusers"
+    exported, trained = weights(folder / "tiny" / "unet"), weights(config.out / "model" / "unet")
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[key], trained[key].half()) for key in trained)
+
+
+@pytest.mark.parametrize("stage", ["vae", "text", "unet", "motion"])
+def test_resumed_training_equals_uninterrupted(stage: str, made: tuple[Path, MakeBaseConfig], tmp_path: Path) -> None:
+    folder, config = made
+    import shutil
+
+    shutil.copytree(config.out / "model", tmp_path / "base" / "model")
+    part = {"text": "text_encoder"}.get(stage, stage)
+    shutil.rmtree(tmp_path / "base" / "model" / part)
+    resumed = replace(config, out=tmp_path / "base")
+    make(resumed, (stage,), tmp_path, Limits(seconds=0, quiet=True))
+    # No time at all: a state at step 0 that later calls go on from, one step at a time.
+    for steps in (1, 3):
+        stop_after(resumed, stage, steps, tmp_path)
+    a, b = weights(config.out / "model" / part), weights(tmp_path / "base" / "model" / part)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def stop_after(config: MakeBaseConfig, stage: str, steps: int, folder: Path) -> None:
+    """Trains until ``steps``, as if interrupted there; the schedule's end stays where the config has it."""
+    from cdvideo.world import training
+
+    def out_of_time(self: training.Stage) -> bool:
+        return self.step >= steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Stage, "_out_of_time", out_of_time)
+        make(config, (stage,), folder)
+
+
+def test_rendering_is_the_same_for_any_number_of_processes_and_resumes(tmp_path: Path) -> None:
+    def render_into(name: str, workers: int, count: int = 300) -> Path:
+        folder = tmp_path / name
+        render_split(SquareWorld(), folder, "train", count, size=SIZE, frames=4, captions=2, seed=3, workers=workers)
+        return folder
+
+    alone, together = render_into("alone", 1), render_into("together", 2)
+    assert (alone / "labels.jsonl").read_text() == (together / "labels.jsonl").read_text()
+    assert np.array_equal(np.load(alone / "pixels.npy"), np.load(together / "pixels.npy"))
+    masks = np.load(alone / "masks.npy")
+    assert masks.shape == (300, SIZE // 8, SIZE // 8) and masks.max() == 255
+
+    text = (together / "labels.jsonl").read_text().splitlines(keepends=True)
+    (together / "labels.jsonl").unlink()
+    (together / "labels-00000000.jsonl").write_text("".join(text[:128]))
+    pixels = np.load(together / "pixels.npy", mmap_mode="r+")
+    pixels[:] = 0
+    render_into("together", 1)
+    again = np.load(together / "pixels.npy")
+    assert not again[:128].any(), "a finished chunk was rendered again"
+    assert np.array_equal(again[128:], np.load(alone / "pixels.npy")[128:])
+    assert len(read_labels(together)) == 300
+
+
+def test_all_world_words_become_single_tokens(made: tuple[Path, MakeBaseConfig]) -> None:
+    _, config = made
+    tokenizer = CLIPTokenizer.from_pretrained(config.out / "model" / "tokenizer")
+    for word in ("a", "red", "green", "blue", "square"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
+    odd = tokenizer("Übergröße 漢字 🐶 zzyzx!?", add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in odd
+
+
+def test_a_stage_without_its_forerunner_says_so(tmp_path: Path) -> None:
+    config = smoke_config(tmp_path)
+    with pytest.raises(UserError, match="needs .*labels.jsonl"):
+        make(config, ("vae",), tmp_path)
+
+
+def test_a_base_over_the_size_limit_is_refused(
+    made: tuple[Path, MakeBaseConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = made
+    monkeypatch.setattr("cdvideo.world.export.MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="takes"):
+        make(config, ("export",), tmp_path)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_render_fills_all_splits(tmp_path: Path) -> None:
+    config = smoke_config(tmp_path)
+    render(config, ("heldout", "clips"), SquareWorld())
+    assert np.load(config.cache / "clips" / "pixels.npy").shape == (4, 4, SIZE, SIZE, 3)
+    assert not (config.cache / "train").exists()
