@@ -29,8 +29,8 @@ def surfing(stage: Stage) -> tuple[Image.Image, Image.Image]:
     shift = stage.time * stage.speed * 52
 
     def paint(pen: ImageDraw.ImageDraw, k: float) -> None:
-        hill(pen, k, 112, (3.2, 46), mix(blue, WHITE, 0.75), shift)
-        hill(pen, k, 114.5, (3.2, 46), mix(blue, (10, 20, 80), 0.1), shift)
+        hill(pen, k, 114, (3.0, 46), mix(blue, WHITE, 0.75), shift)
+        hill(pen, k, 116.5, (3.0, 46), mix(blue, (10, 20, 80), 0.1), shift)
 
     draw_smooth(front, paint)
     return back, front
