@@ -1,0 +1,175 @@
+"""Films from the command line: what scripts/animate.py runs. No torch is imported before the settings are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
+from cdvideo.errors import UserError
+from cdvideo.runs import require_writable
+from cdvideo.sampling.config import FORMATS, AnimateConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from cdvideo.base.loader import Base
+    from cdvideo.concept.file import Concept
+    from cdvideo.media.export import Metadata
+    from cdvideo.motion.modules import MotionModules
+
+logger = logging.getLogger(__name__)
+
+RUNS = Path("runs")  # where train_concept.py leaves its concepts
+
+
+def main(argv: Sequence[str]) -> None:
+    """Films a prompt: writes <slug>-<seed>.mp4, .gif, a poster, a filmstrip and the settings for each film.
+
+    Raises:
+        UserError: wrong settings, a folder that can not be written, a concept or motion modules that do not fit.
+    """
+    start = time.perf_counter()
+    args = _parser().parse_intermixed_args(argv)
+    config = config_from_flags(AnimateConfig, args)
+    require_writable(config.out)
+
+    from cdvideo.base.loader import load_base
+    from cdvideo.device import pick_device, pick_dtype
+
+    device = pick_device(config.device)
+    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
+    concept, concept_name = _choose_concept(config, base)
+    motion = None if config.still else _load_motion(config, base)
+
+    for seed in range(config.seed, config.seed + config.num_videos):
+        settings = {**_settings(config, base, concept_name), "seed": seed}
+        frames_FHWC = _sample(config, base, concept, motion, seed)
+        written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
+        if not config.quiet:
+            print("wrote", *written)
+    if not config.quiet:
+        print_usage_footer(start)
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: lower-case words joined by hyphens, at most 60 letters."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    return "-".join(words)[:60].rstrip("-") or "film"
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Films a prompt, with the concept whose token stands in it.", allow_abbrev=False
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what is to be seen; a concept's token brings the concept in")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what is to be avoided")
+    parser.add_argument("--frames", type=int, metavar="N", help="length of the film (16)")
+    parser.add_argument("--fps", type=float, metavar="N", help="frames in a second (8)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25)")
+    parser.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the prompt; 1 is off (6)")
+    parser.add_argument("--scheduler", choices=["ddim", "dpm++"], help="the sampler (ddim)")
+    parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
+    parser.add_argument("--still", action="store_true", help="a picture instead of a film")
+    parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
+    parser.add_argument(
+        "--concept", metavar="FILE", help="a concept file, or none (the newest one that fits the prompt)"
+    )
+    parser.add_argument("--base", metavar="NAME", help="tiny, a folder in diffusers' layout, or a hub id (tiny)")
+    parser.add_argument("--motion", metavar="FOLDER", help="motion modules (those of the base)")
+    add_common_flags(parser, resume=False)
+    return parser
+
+
+def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
+    """The concept and the name to show for it, as the settings and the prompt ask."""
+    from cdvideo.base.text import find_tokens
+    from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept, load_concept
+
+    if config.concept == "none":
+        return None, None
+    path = find_concept(config.prompt, RUNS) if config.concept == "auto" else Path(config.concept).expanduser()
+    if path is None:
+        return None, None
+    concept = load_concept(path, base=base)
+    if not find_tokens(config.prompt, list(concept.tokens)):
+        tokens = ", ".join(concept.tokens)
+        logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
+    if path == SAMPLE_CONCEPT:
+        print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
+        return concept, "sample concept"
+    if not config.quiet:
+        print(f"concept: {path}")
+    return concept, path.parent.name
+
+
+def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
+    from cdvideo.motion.files import load_motion
+
+    folder = base.path / "motion" if config.motion == "auto" else Path(config.motion).expanduser()
+    if config.motion == "auto" and not folder.is_dir():
+        raise UserError(
+            f"base {config.base!r} has no motion modules of its own",
+            allowed="a base with a folder `motion`, or a folder of motion modules",
+            do="name motion modules that fit this base with --motion, or ask for a picture with --still",
+        )
+    motion = load_motion(folder, device=base.device, dtype=base.dtype)
+    trained_for = motion.config.trained_for
+    if trained_for is not None and trained_for != base.hash:
+        logger.warning("the motion modules in %s were trained for a base with other weights", folder.name)
+    return motion
+
+
+def _sample(
+    config: AnimateConfig, base: Base, concept: Concept | None, motion: MotionModules | None, seed: int
+) -> npt.NDArray[np.uint8]:
+    """One film, or a still as a film of one frame: frames_FHWC."""
+    from cdvideo.sampling.image import sample_images
+    from cdvideo.sampling.video import sample_video, to_uint8
+
+    options: dict[str, Any] = {
+        "concept": concept,
+        "negative_prompt": config.negative_prompt,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "scheduler": config.scheduler,
+        "width": config.width,
+        "height": config.height,
+        "progress": not config.quiet,
+    }
+    if motion is None:
+        return to_uint8(sample_images(base, [config.prompt], seeds=[seed], **options))
+    return sample_video(base, motion, config.prompt, seed=seed, frames=config.frames, **options)
+
+
+def _write(frames_FHWC: npt.NDArray[np.uint8], config: AnimateConfig, settings: Metadata, *, stem: str) -> list[str]:
+    """Writes a film in all its formats, or a still, with a poster, a filmstrip and the settings; returns the paths."""
+    from cdvideo.media.export import enlarge, filmstrip, write_picture, write_settings, write_video
+
+    paths = [config.out / f"{stem}.png"]
+    write_picture(next(enlarge(frames_FHWC, config.watch_size)), paths[0], metadata=settings)
+    if not config.still:
+        for name in config.formats:
+            paths.append(config.out / f"{stem}.{name}")
+            write_video(enlarge(frames_FHWC, config.watch_size), paths[-1], fps=config.fps, metadata=settings)
+        paths.append(config.out / f"{stem}-frames.png")
+        write_picture(filmstrip(frames_FHWC), paths[-1], metadata=settings)
+    write_settings(config.out / f"{stem}.json", settings)
+    return [str(path) for path in paths]
+
+
+def _settings(
+    config: AnimateConfig, base: Base, concept_name: str | None
+) -> dict[str, str | int | float | bool | None]:
+    """What made the film, for its metadata: no paths beyond names, since films travel."""
+    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "concept")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
+    return {**settings, **names, "motion": Path(config.motion).name}

@@ -1,0 +1,77 @@
+"""The settings of a film (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cdvideo.config import check
+
+FORMATS = ("mp4", "gif", "webp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnimateConfig:
+    """What to film, and how."""
+
+    prompt: str
+    """What is to be seen. A concept's token in it brings the concept in."""
+    negative_prompt: str = ""
+    """What is to be avoided."""
+    frames: int = 16
+    """Length of the film in frames; the motion modules say how many they reach (the embedded ones 32)."""
+    fps: float = 8.0
+    """Frames shown in a second."""
+    steps: int = 25
+    """Denoising steps. More is finer and slower."""
+    guidance: float = 6.0
+    """Scale of classifier-free guidance: higher follows the prompt more closely, 1 switches it off."""
+    scheduler: Literal["ddim", "dpm++"] = "ddim"
+    """The sampler: DDIM, or DPM-Solver++, which needs fewer steps."""
+    seed: int = 0
+    """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
+    num_videos: int = 1
+    """How many films, or pictures with `still`."""
+    still: bool = False
+    """A picture instead of a film."""
+    format: str = "mp4,gif"
+    """Files to write of each film, separated by commas: mp4, gif, webp."""
+    width: int | None = None
+    height: int | None = None
+    """Size in pixels that the model draws at; null is the base's own."""
+    watch_size: int = 384
+    """Smaller pictures are enlarged by a whole factor until their short side has this many pixels; 0 leaves them."""
+    base: str = "tiny"
+    """The image model: "tiny" is the embedded one; or a folder in diffusers' layout, or a hub id."""
+    motion: str = "auto"
+    """A folder of motion modules; "auto" is the folder `motion` of the base."""
+    concept: str = "auto"
+    """A concept file; "auto" is the newest one whose token stands in the prompt, "none" is none."""
+    out: Path = Path("runs/films")
+    """The folder to write into."""
+    device: str = "auto"
+    dtype: str = "auto"
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        sides = [("width", self.width), ("height", self.height)]
+        check(
+            (bool(self.prompt.strip()), "prompt is empty: say what is to be seen"),
+            (self.frames >= 1, f"frames={self.frames}: must be at least 1"),
+            (0.1 <= self.fps <= 60, f"fps={self.fps:g}: must be from 0.1 to 60"),
+            ("gif" not in self.formats or self.fps <= 50, f"fps={self.fps:g}: a gif shows at most 50 frames a second"),
+            (1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
+            (1 <= self.guidance <= 30, f"guidance={self.guidance:g}: must be from 1 (off) to 30"),
+            (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
+            (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
+            (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
+            *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
+            (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
+        )
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats by name, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.format.split(",")))

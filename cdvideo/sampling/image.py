@@ -1,0 +1,57 @@
+"""Pictures from prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cdvideo.base.latents import decode_latents
+from cdvideo.base.loader import Base
+from cdvideo.base.schedule import SamplerName, make_scheduler
+from cdvideo.concept.file import Concept
+from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size
+from cdvideo.sampling.prompt_kv import compile_prompts, reading
+
+
+@torch.inference_mode()
+def sample_images(
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    concept: Concept | None = None,
+    negative_prompt: str = "",
+    steps: int = 25,
+    guidance: float = 6.0,
+    scheduler: SamplerName = "ddim",
+    width: int | None = None,
+    height: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """One picture for each prompt, from the noise of the seed beside it.
+
+    Args:
+        width, height: in pixels; None is the base's own resolution.
+
+    Returns:
+        pixels_BCHW: float32 in [-1, 1], on the base's device.
+    """
+    assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+    noise_BCHW = draw_noise(seeds, (base.unet.config.in_channels, *latent_size(base, width, height)))
+    compiled = compile_prompts(base, guided_prompts(prompts, negative_prompt, guidance), concept=concept)
+
+    def predict(latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        return base.unet(latents_BCHW.to(base.dtype), timestep, None, return_dict=False)[0].float()
+
+    with reading(base.unet, compiled):
+        latents_BCHW = denoise(
+            predict,
+            noise_BCHW.to(base.device),
+            make_scheduler(base.scheduler_config, scheduler),
+            steps=steps,
+            guidance=guidance,
+            progress=progress,
+        )
+    return decode_latents(base.vae, latents_BCHW)

@@ -1,0 +1,115 @@
+"""Prompts compiled once into what the UNet reads from them: K and V of every cross-attention.
+
+Text does not depend on the step, the frame or the pixel, and a concept changes only how text is read. So prompt and
+concept together become a few small tensors before sampling starts, and the UNet that samples is the pristine one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from cdvideo.base.loader import Base
+from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.file import Concept
+from cdvideo.concept.kv import attached
+
+
+@dataclass(frozen=True)
+class PromptKV:
+    """B compiled prompts: for each cross-attention, by its name in the UNet, keys_BNLE and values_BNLE.
+
+    N are the heads and E the channels of a head. All frames of a film read the same copy.
+    """
+
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | None = None) -> PromptKV:
+    """Encodes B prompts with the concept's token rows, and reads them with the concept's K and V.
+
+    The concept is used here and nowhere else; the base is as before when this returns.
+    """
+    rows = {} if concept is None else concept.tokens
+    batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
+    text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
+    with attached(base.unet, {} if concept is None else concept.kv):
+        return read_text(base.unet, text_BLD)
+
+
+def read_text(unet: UNet2DConditionModel, text_BLD: Tensor) -> PromptKV:
+    """K and V of encoded prompts in every cross-attention, with whatever adapter is attached to the UNet now."""
+    layers = {}
+    for name, attention in cross_attentions(unet).items():
+        keys_BLC, values_BLC = attention.to_k(text_BLD), attention.to_v(text_BLD)
+        layers[name] = (_split_heads(keys_BLC, attention.heads), _split_heads(values_BLC, attention.heads))
+    return PromptKV(layers)
+
+
+@contextmanager
+def reading(unet: UNet2DConditionModel, prompt: PromptKV) -> Iterator[None]:
+    """Within the block, the UNet's cross-attentions read the compiled prompt, whatever text they are called with.
+
+    In a UNet batch of B * F pictures, F in a row read the same prompt. On leaving, the former processors are back.
+    """
+    attentions = cross_attentions(unet)
+    assert attentions.keys() == prompt.layers.keys(), "the prompt was compiled for another UNet"
+    former = {name: attention.processor for name, attention in attentions.items()}
+    try:
+        for name, attention in attentions.items():
+            attention.set_processor(CompiledCrossAttention(*prompt.layers[name]))
+        yield
+    finally:
+        for name, attention in attentions.items():
+            attention.set_processor(former[name])
+
+
+class CompiledCrossAttention:
+    """diffusers' attention processor for a cross-attention whose K and V are known already.
+
+    Frames are folded into the query length: they share K and V and attend independently of each other, so this is
+    exact, and K and V are never repeated.
+    """
+
+    def __init__(self, keys_BNLE: Tensor, values_BNLE: Tensor) -> None:
+        self.keys_BNLE = keys_BNLE
+        self.values_BNLE = values_BNLE
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        films = len(self.keys_BNLE)
+        query_BNQE = _split_heads(attn.to_q(hidden_states).unflatten(0, (films, -1)).flatten(1, 2), attn.heads)
+        read_BNQE = F.scaled_dot_product_attention(query_BNQE, self.keys_BNLE, self.values_BNLE)
+        return attn.to_out[0](read_BNQE.transpose(1, 2).reshape(hidden_states.shape))
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The UNet's attentions to text, by name."""
+    found = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+    }
+    for name, attention in found.items():
+        extras = ("norm_cross", "group_norm", "spatial_norm", "norm_q", "norm_k")
+        assert all(getattr(attention, extra, None) is None for extra in extras), f"{name} normalises what it reads"
+        assert not attention.residual_connection and attention.rescale_output_factor == 1.0, name
+    return found
+
+
+def _split_heads(tensor_BLC: Tensor, heads: int) -> Tensor:
+    return tensor_BLC.unflatten(-1, (heads, -1)).transpose(1, 2)
