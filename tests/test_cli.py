@@ -14,6 +14,8 @@ import pytest
 from cdvideo.cli import add_common_flags, config_from_flags, peak_memory_bytes, print_usage_footer, run_main
 from cdvideo.errors import UserError
 
+ROOT = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
@@ -112,3 +114,28 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
     code = "from cdvideo.cli import peak_memory_bytes as p; a = p(); b = bytearray(300_000_000); del b; print(p() - a)"
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 290e6 < grown < 330e6
+
+
+# The command line is a promise to those who script it: a flag is added or taken away here first.
+COMMON = "--config --device --dtype --help --out --quiet --seed"
+FLAGS = {
+    "animate.py": "--base --concept --format --fps --frames --guidance --motion --negative-prompt --num-videos --prompt "
+    "--scheduler --steps --still",
+    "make_base.py": "--export --fit --minutes --sprites --stage",
+    "train_concept.py": "--base --class-word --images --resume --steps --token",
+}
+
+
+def test_every_script_is_pinned() -> None:
+    assert sorted(path.name for path in (ROOT / "scripts").glob("*.py")) == sorted(FLAGS)
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_flags_are_pinned(script: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, f"scripts/{script}", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", shown, re.MULTILINE)) == {
+        *COMMON.split(),
+        *FLAGS[script].split(),
+    }
