@@ -119,8 +119,8 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 # The command line is a promise to those who script it: a flag is added or taken away here first.
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
-    "animate.py": "--base --concept --format --fps --frames --guidance --motion --negative-prompt --num-videos --prompt "
-    "--scheduler --steps --still",
+    "animate.py": "--base --concept --format --fps --frames --guidance --motion --negative-prompt --num-videos "
+    "--prompt --scheduler --steps --still",
     "make_base.py": "--export --fit --minutes --sprites --stage",
     "train_concept.py": "--base --class-word --images --resume --steps --token",
 }
