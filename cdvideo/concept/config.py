@@ -1,0 +1,182 @@
+"""The settings of concept training, and why they are what they are. Imports no torch.
+
+Every group stands beside the part of the loss or of the loop that it steers; the defaults are for the embedded base.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cdvideo.config import check
+
+CONCEPT_FILE = "concept.safetensors"  # what a run leaves in its folder
+TOKEN_FORM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What the UNet is shown: a few pictures, each in several variants, encoded once."""
+
+    style: Literal["picture", "photo"] = "picture"
+    """What the prompts call the pictures: "a picture of a sks dog" or "a photo of a sks dog". The embedded base knows
+    pictures; bases that learned from the web know photos."""
+    variants: int = 12
+    """Latents kept of each picture, each augmented differently. More variety, more time before the first step."""
+    flip: bool = True
+    """Mirror half of the variants. Right for animals and most objects; wrong for writing and for uneven faces."""
+    rescale: float = 0.5
+    """The share of variants in another size, said in the prompt ("far away", "close up"), as in Custom Diffusion. It
+    teaches that size and place are not part of the thing."""
+    smallest_scale: float = 0.6
+    """The least size of such a variant. 0.6 of 128 pixels is what the embedded base can still draw; for 512 pixels
+    Custom Diffusion takes 0.33."""
+    largest_scale: float = 1.3
+    """The largest size; what stands over the edge is cut off."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.variants >= 1, f"variants={self.variants}: must be at least 1"),
+            (0 <= self.rescale <= 1, f"rescale={self.rescale}: a share, must be in [0, 1]"),
+            (0.2 <= self.smallest_scale <= 1, f"smallest_scale={self.smallest_scale}: must be in [0.2, 1]"),
+            (1 <= self.largest_scale <= 2, f"largest_scale={self.largest_scale}: must be in [1, 2]"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What is learned: a change of every cross-attention's K and V, and the token's own rows."""
+
+    num_rows: int = 1
+    """Rows of text input that the token stands for. More rows hold more of the thing and drift more easily."""
+    initialiser: str = ""
+    """The words whose embedding the rows start from; empty is the class word. ClassDiffusion starts from a rare token
+    ("ktn"); the class word starts inside of the class, so that little has to be learned and little has to be
+    preserved, and a small base's rare tokens mean nothing at all."""
+
+    def __post_init__(self) -> None:
+        check((1 <= self.num_rows <= 8, f"num_rows={self.num_rows}: must be in [1, 8]"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SemanticConfig:
+    """The semantic preservation loss (SPL): keeps "sks dog" meaning a dog while the pictures are learned."""
+
+    weight: float = 1.0
+    """How much it counts beside the denoising loss. Higher keeps composition, lower keeps identity; 0 turns it off."""
+    phrases: int = 8
+    """Phrases compared at each step, drawn from the whole list; their mean is what the loss is defined over."""
+    variant: Literal["true_eos", "released"] = "true_eos"
+    """`true_eos` pools at the end of the text, as the paper says. `released` repeats what the paper's code computes:
+    one phrase, pooled at the concept's token, whose position embedding is dropped. For ablation only."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.weight >= 0, f"weight={self.weight}: must not be negative"),
+            (self.phrases >= 1, f"phrases={self.phrases}: must be at least 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW at a constant rate. The rates are the ones used: nothing multiplies them by the batch size."""
+
+    batch_size: int = 4
+    """Pictures in a step."""
+    lr: float = 2e-4
+    """Learning rate of K and V."""
+    token_lr: float = 1e-3
+    """Learning rate of the token's rows: a few numbers, which have to go further."""
+    weight_decay: float = 0.01
+    """Pulls the change of K and V towards zero, that is towards the base. The rows are never decayed."""
+    grad_clip: float = 1.0
+    """The largest norm of the gradient of all that is learned."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1"),
+            (self.lr > 0, f"lr={self.lr}: must be above 0"),
+            (self.token_lr > 0, f"token_lr={self.token_lr}: must be above 0"),
+            (self.weight_decay >= 0, f"weight_decay={self.weight_decay}: must not be negative"),
+            (self.grad_clip > 0, f"grad_clip={self.grad_clip}: must be above 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """What is drawn while training: the same prompts from the same noise, so that only the concept changes."""
+
+    every: int = 100
+    """Steps from one contact sheet to the next; there is always one at step 0 and one at the end. 0 draws none."""
+    prompts: tuple[str, ...] = ("a {}", "a {} wearing sunglasses", "a {} surfing", "a {} in the snow")
+    """Prompts; {} stands for the concept's phrase ("sks dog")."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance."""
+    seed: int = 0
+    """The noise that all contact sheets start from."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.every >= 0, f"every={self.every}: must not be negative"),
+            (len(self.prompts) >= 1, "prompts=[]: at least one prompt, or every=0 for no samples"),
+            (
+                all("{}" in p for p in self.prompts),
+                f"prompts={list(self.prompts)}: each must hold {{}} for the concept",
+            ),
+            (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
+            (self.guidance >= 1, f"guidance={self.guidance}: must be at least 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptConfig:
+    """One concept: what it is, from which pictures, on which base, for how long."""
+
+    images: Path | None = None
+    """A folder of 3 to 20 pictures of the one thing. None: the five pictures of a dog that ship with the project."""
+    token: str = "sks"
+    """The word that will stand for the thing. Must not be a word that the base knows."""
+    class_word: str = "dog"
+    """What kind of thing it is, in words that the base knows; several words are fine ("stuffed animal")."""
+    base: str = "tiny"
+    """The model to teach: "tiny" is the embedded one; else a folder in the diffusers layout, or a hub id."""
+    steps: int = 300
+    """Optimizer steps."""
+    seed: int = 0
+    """The same seed gives the same concept on the same machine."""
+    out: Path | None = None
+    """The run's folder. None: runs/<token>-<class word>."""
+    device: str = "auto"
+    dtype: str = "auto"
+    checkpoint_every: int = 100
+    """Steps from one resumable state to the next. An interrupt (Ctrl-C) always leaves one."""
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    optim: OptimConfig = OptimConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self) -> None:
+        rules_of_token = "a letter, then letters, digits or _"
+        check(
+            (TOKEN_FORM.fullmatch(self.token) is not None, f"token={self.token}: one word, {rules_of_token}"),
+            (bool(self.class_word.strip()), "class_word=: must not be empty"),
+            (
+                self.token.lower() not in self.class_word.lower().split(),
+                f"token={self.token}: must differ from class_word={self.class_word}",
+            ),
+            (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
+            (self.seed >= 0, f"seed={self.seed}: must not be negative"),
+            (self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: must be at least 1"),
+        )
+
+    @property
+    def phrase(self) -> str:
+        """How prompts name the concept: "sks dog"."""
+        return f"{self.token} {self.class_word}"

@@ -1,0 +1,110 @@
+"""What the UNet is shown: every picture in several augmented variants, encoded once, and prompts that tell its size."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from cdvideo.base.latents import encode_pixels
+from cdvideo.base.loader import Base
+from cdvideo.concept.config import DataConfig
+from cdvideo.concept.phrases import CLOSE_UP, FAR_AWAY, fill, training_prompts
+from cdvideo.media.images import Picture
+
+Size: TypeAlias = Literal["small", "full", "large"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One picture as it is shown: pixels_CHW in [-1, 1], the region that counts (mask_1HW, in pixels), and its size."""
+
+    pixels_CHW: Tensor
+    mask_1HW: Tensor
+    size: Size
+
+
+def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Random, *, cell: int) -> Variant:
+    """One random variant of a picture, as Custom Diffusion makes them (arXiv 2212.04488, section 3.2).
+
+    Enlarged pictures are cut; reduced ones are pasted onto grey, and the loss counts only where the picture lies, less
+    one latent cell at each edge, whose content the VAE mixes with the grey.
+
+    Args:
+        image: RGB of any shape; its middle square is taken.
+        size: Side of the result, in pixels.
+        rng: Draws flip, scale and place.
+        cell: Pixels to a side of a latent cell.
+    """
+    if config.flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    scale = 1.0
+    if rng.random() < config.rescale:
+        scale = rng.choice((rng.uniform(config.smallest_scale, 1), rng.uniform(1, config.largest_scale)))
+    side = max(3 * cell, round(size * scale / cell) * cell)
+    square = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    gap = abs(size - side)
+    x, y = rng.randint(0, gap), rng.randint(0, gap)
+    mask_1HW = torch.ones(1, size, size)
+    if side >= size:
+        canvas = square.crop((x, y, x + size, y + size))
+    else:
+        x, y = x // cell * cell, y // cell * cell
+        canvas = Image.new("RGB", (size, size), (128, 128, 128))
+        canvas.paste(square, (x, y))
+        mask_1HW.zero_()
+        mask_1HW[:, y + cell : y + side - cell, x + cell : x + side - cell] = 1
+    pixels_HWC = torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 127.5 - 1)
+    return Variant(
+        pixels_HWC.permute(2, 0, 1), mask_1HW, "small" if side < size else "large" if side > size else "full"
+    )
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """All variants as latents: latents_NCHW, masks_N1HW at the latents' resolution, and each one's size."""
+
+    latents_NCHW: Tensor
+    masks_N1HW: Tensor
+    sizes: tuple[Size, ...]
+    templates: tuple[str, ...]
+
+    def draw(self, batch_size: int, phrase: str, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """A batch: latents_BCHW, masks_B1HW, and a prompt for each, drawn with a generator of the CPU."""
+        picks = torch.randint(len(self.sizes), (batch_size,), generator=generator)
+        wordings = torch.randint(len(self.templates), (batch_size,), generator=generator).tolist()
+        prompts = [
+            self._prompt(self.sizes[n], self.templates[t], phrase)
+            for n, t in zip(picks.tolist(), wordings, strict=True)
+        ]
+        picks = picks.to(self.latents_NCHW.device)
+        return self.latents_NCHW[picks], self.masks_N1HW[picks], prompts
+
+    def _prompt(self, size: Size, template: str, phrase: str) -> str:
+        return fill(CLOSE_UP if size == "large" else template, phrase) + (FAR_AWAY if size == "small" else "")
+
+
+@torch.no_grad()
+def cache_latents(
+    base: Base, pictures: Sequence[Picture], config: DataConfig, *, seed: int, quiet: bool = False
+) -> LatentCache:
+    """Encodes `config.variants` variants of every picture; the first of each is the picture as it is."""
+    rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
+    cell = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    as_it_is = DataConfig(flip=False, rescale=0)
+    variants = [
+        augment(picture.image, base.resolution, as_it_is if number == 0 else config, rng, cell=cell)
+        for picture in pictures
+        for number in range(config.variants)
+    ]
+    bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
+    latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
+    masks_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
+    return LatentCache(torch.cat(latents), masks_N1HW, tuple(v.size for v in variants), training_prompts(config.style))

@@ -1,0 +1,230 @@
+"""The concept file: one safetensors file with all that a concept is, and where it came from.
+
+Tensors: `tokens.<token>` (K, D), float32, and `unet.<path>.attn2.to_k.delta` (and `to_v`), float16: the change to add
+to the base's weight. Half precision of the change is finer than half precision of the changed weight would be.
+Metadata: one JSON object under the key `concept` (ConceptMetadata). No file paths, no user names.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdvideo.base.loader import TINY_BASE, Base
+from cdvideo.base.text import find_tokens
+from cdvideo.concept.config import CONCEPT_FILE
+from cdvideo.concept.kv import kv_projections
+from cdvideo.errors import UserError
+from cdvideo.runs import atomic_path
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+SAMPLE_CONCEPT = TINY_BASE / "sample_concept.safetensors"
+PREVIEW_BYTES = 20_000
+_ALLOWED = "a whole concept file, as scripts/train_concept.py writes it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptMetadata:
+    """Where a concept came from."""
+
+    class_words: dict[str, str]  # token -> class word
+    initialiser: str
+    base_name: str
+    base_hash: str
+    resolution: int  # pixels
+    prediction_type: str
+    steps: int
+    lr: float
+    token_lr: float
+    seed: int
+    loss_weights: dict[str, float]  # loss -> weight
+    sample_prompt: str
+    preview: str = ""  # a PNG in base64
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    adapter: str = "kv"
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One learned concept: rows_KD for each token, and a change for each K and V projection by its name in the file."""
+
+    tokens: dict[str, Tensor]
+    kv: dict[str, Tensor]
+    metadata: ConceptMetadata
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries whose arithmetic made a concept."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+def public_base_name(name: str) -> str:
+    """A base's name without the folders above it, which are nobody's business: /home/me/sd15 is sd15."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else name
+
+
+def png_preview(image: Image.Image) -> str:
+    """A small PNG of a picture in base64, of at most 20 kB before encoding."""
+    for side in (128, 96, 64, 48):
+        buffer = io.BytesIO()
+        image.resize((side, side), Image.Resampling.LANCZOS).quantize(128).save(buffer, "PNG", optimize=True)
+        if buffer.tell() <= PREVIEW_BYTES:
+            break
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def frozen_copy(concept: Concept, **changes: Any) -> Concept:
+    """The concept exactly as its file holds it: detached, K and V in float16; fields of the metadata may be changed."""
+    return Concept(
+        tokens={token: rows_KD.detach().float().clone() for token, rows_KD in concept.tokens.items()},
+        kv={name: delta.detach().half() for name, delta in concept.kv.items()},
+        metadata=dataclasses.replace(concept.metadata, **changes),
+    )
+
+
+def save_concept(concept: Concept, path: Path) -> None:
+    """Writes the file, whole or not at all.
+
+    Raises:
+        UserError: For a folder that can not be written, or for values that are not finite.
+    """
+    tensors = _named_tensors(concept)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(tensors)} tensors of the concept are not finite ({broken[0]}, ...)",
+            allowed="finite numbers",
+            do="train again with a lower optim.lr",
+        )
+    metadata = {"concept": json.dumps(dataclasses.asdict(concept.metadata), ensure_ascii=False, sort_keys=True)}
+    with atomic_path(path) as part:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+
+
+def load_concept(path: Path, *, base: Base | None = None) -> Concept:
+    """Reads a concept file; with a base, checks that the concept fits it and puts the tensors on its device.
+
+    Raises:
+        UserError: For a file that is missing, truncated or no concept file; for a concept without tensors, or one whose
+            tensors this base has no place for.
+    """
+    metadata, tensors = _read(path, device=str(base.device) if base else "cpu")
+    concept = Concept(
+        tokens={name.removeprefix("tokens."): tensor for name, tensor in tensors.items() if name.startswith("tokens.")},
+        kv={name: tensor for name, tensor in tensors.items() if not name.startswith("tokens.")},
+        metadata=metadata,
+    )
+    if concept.tokens.keys() != metadata.class_words.keys() or not concept.kv:
+        raise UserError(
+            f"{path} holds {len(concept.tokens)} tokens and {len(concept.kv)} K/V tensors, "
+            f"for the tokens {', '.join(metadata.class_words)}",
+            allowed=_ALLOWED,
+            do="train the concept again",
+        )
+    if base is not None:
+        _check_fit(path, concept, base)
+    return concept
+
+
+def read_metadata(path: Path) -> ConceptMetadata:
+    """Reads where a concept came from, without its tensors. Raises UserError as `load_concept`."""
+    return _read(path, device=None)[0]
+
+
+def find_concept(prompt: str, runs_folder: Path) -> Path | None:
+    """The newest trained concept whose token stands in the prompt; else the one that ships; else None.
+
+    Files that can not be read are passed over with a warning.
+    """
+    trained = sorted(runs_folder.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in [*trained, *([SAMPLE_CONCEPT] if SAMPLE_CONCEPT.exists() else [])]:
+        try:
+            tokens = read_metadata(path).class_words
+        except UserError as error:
+            logger.warning("passed over %s", error.given)
+            continue
+        if find_tokens(prompt, list(tokens)):
+            return path
+    return None
+
+
+def _named_tensors(concept: Concept) -> dict[str, Tensor]:
+    return {**{f"tokens.{token}": rows_KD for token, rows_KD in concept.tokens.items()}, **concept.kv}
+
+
+def _read(path: Path, *, device: str | None) -> tuple[ConceptMetadata, dict[str, Tensor]]:
+    """Metadata and tensors (none when there is no device to put them on). Raises UserError for anything else."""
+    if not path.is_file():
+        raise UserError(f"there is no concept file {path}", allowed=_ALLOWED, do="correct the path of --concept")
+    try:
+        with safe_open(path, framework="pt", device=device or "cpu") as file:
+            header = (file.metadata() or {}).get("concept")
+            names = file.keys() if device else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error})",
+            allowed=_ALLOWED,
+            do="copy it again, or train it again",
+        ) from error
+    if header is None:
+        raise UserError(f"{path} is a safetensors file, but no concept", allowed=_ALLOWED, do="name another --concept")
+    return _parse_metadata(path, json.loads(header)), tensors
+
+
+def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
+    if header.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {header.get('format_version')}",
+            allowed=f"format version {FORMAT_VERSION}",
+            do="update cdvideo, or train the concept again",
+        )
+    fields = {item.name for item in dataclasses.fields(ConceptMetadata)}
+    if header.keys() != fields:
+        raise UserError(
+            f"{path}: metadata differs in {', '.join(sorted(header.keys() ^ fields))}",
+            allowed=_ALLOWED,
+            do="train it again",
+        )
+    return ConceptMetadata(**header)
+
+
+def _check_fit(path: Path, concept: Concept, base: Base) -> None:
+    """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
+    projections = kv_projections(base.unet)
+    places = {name: tuple(linear.weight.shape) for name, linear in projections.items()}
+    width = base.text_encoder.config.hidden_size
+    unfit = [name for name, delta in concept.kv.items() if places.get(name) != tuple(delta.shape)]
+    unfit += [token for token, rows_KD in concept.tokens.items() if rows_KD.ndim != 2 or rows_KD.shape[1] != width]
+    count = len(concept.kv) + len(concept.tokens)
+    if unfit:
+        raise UserError(
+            f"{path}: matched {count - len(unfit)}/{count} tensors of base {base.name!r}; no place for {unfit[0]}, ...",
+            allowed=f"a concept trained on this base; this one was trained on {concept.metadata.base_name!r}",
+            do=f"use --base {concept.metadata.base_name}, or train the concept on {base.name!r}",
+        )
+    logger.info("%s: matched %d/%d tensors", path, count, count)
+    if concept.metadata.base_hash != base.hash:
+        logger.warning(
+            "%s was trained on %r with other weights than base %r: it may come out weaker or not at all",
+            path.name,
+            concept.metadata.base_name,
+            base.name,
+        )

@@ -1,0 +1,101 @@
+"""The resumable state of a training run: everything that the next step depends on, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdvideo.errors import UserError
+from cdvideo.runs import atomic_path
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step, and the settings that must not change between interrupt and resume."""
+
+    parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    generator: torch.Generator
+    settings: Mapping[str, str]
+
+    def save(self, path: Path, step: int) -> None:
+        """Writes the state after `step` steps, whole or not at all."""
+        tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self.parameters.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+        tensors["generator"] = self.generator.get_state()
+        metadata = {"step": step, "settings": dict(self.settings), "scaler": self.scaler.state_dict()}
+        with atomic_path(path) as part:
+            save_file(tensors, part, metadata={"state": json.dumps(metadata)})
+
+    def load(self, path: Path) -> int:
+        """Puts everything back as it was saved; returns the number of steps done.
+
+        Raises:
+            UserError: For a damaged file, or where settings or pictures are not those of the interrupted run.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads(file.metadata()["state"])
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: {error}", allowed="a whole state", do="start again without --resume") from error
+        before = metadata["settings"]
+        changed = [
+            f"{name} (was {before.get(name)}, is {now})"
+            for name, now in self.settings.items()
+            if before.get(name) != now
+        ]
+        if changed:
+            raise UserError(
+                f"the interrupted run had other settings: {', '.join(changed)}",
+                allowed="the same settings and pictures; only steps and samples may differ",
+                do="repeat its flags, or start a new run without --resume",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in (name for name in tensors if name.startswith("optimizer.")):
+            _, index, moment = name.split(".")
+            moments.setdefault(int(index), {})[moment] = tensors[name]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.scaler.load_state_dict(metadata["scaler"])
+        self.generator.set_state(tensors["generator"])
+        return int(metadata["step"])
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Within the block, the first Ctrl-C only sets the event, so that a step can end well; a second one interrupts.
+
+    Python lets only the main thread handle signals; in others the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,236 @@
+"""Concept training: the one loop, from cached latents to a concept file's content.
+
+L = L_denoise + weight * L_SPL, minimised over the change of every cross-attention's K and V and the token's own rows
+(ClassDiffusion, arXiv 2405.17532, on top of Custom Diffusion, arXiv 2212.04488). Nothing else is ever written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from cdvideo.base.loader import Base
+from cdvideo.base.schedule import add_noise, make_scheduler, training_target
+from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
+from cdvideo.concept.data import cache_latents
+from cdvideo.concept.drift import DriftMeter
+from cdvideo.concept.file import (
+    Concept,
+    ConceptMetadata,
+    frozen_copy,
+    png_preview,
+    public_base_name,
+    save_concept,
+)
+from cdvideo.concept.kv import attached, initial_rows, kv_projections, zero_deltas
+from cdvideo.concept.losses import denoising_loss
+from cdvideo.concept.phrases import fill
+from cdvideo.concept.semantic import SemanticPreservation
+from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
+from cdvideo.errors import UserError
+from cdvideo.media.images import Picture, contact_sheet
+from cdvideo.runs import Run, atomic_path
+
+Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
+DRIFT_EVERY = 10  # steps
+
+
+def train_concept(
+    base: Base,
+    pictures: Sequence[Picture],
+    config: ConceptConfig,
+    run: Run,
+    *,
+    sample: Sampler | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Concept:
+    """Learns one concept from its pictures, and writes metrics.jsonl, contact sheets and the concept file into the run.
+
+    Args:
+        base: Frozen; bit-equal afterwards.
+        pictures: Of the one thing.
+        run: Its folder; while training it also holds the resumable state.
+        sample: Draws pictures of a concept for the contact sheets, from the same noise each time; None draws none.
+        resume: Continue from the run's state, where there is one.
+        quiet: No progress bar.
+
+    Returns:
+        The concept, exactly as its file holds it.
+
+    Raises:
+        UserError: When the loss is no longer finite, or the state does not belong to these settings and pictures.
+        KeyboardInterrupt: After Ctrl-C, once the step has ended and the state is written.
+    """
+    assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
+    token, optim = config.token, config.optim
+    concept = new_concept(base, config)
+    rows_KD = concept.tokens[token]
+    scheduler = make_scheduler(base.scheduler_config)
+    cache = cache_latents(base, pictures, config.data, seed=config.seed, quiet=quiet)
+    semantic_preservation = SemanticPreservation(base, config)
+    drift = DriftMeter(base, config)
+    if optim.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+
+    parameters = [*concept.kv.values(), rows_KD]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [*concept.kv.values()], "lr": optim.lr, "weight_decay": optim.weight_decay},
+            {"params": [rows_KD], "lr": optim.token_lr, "weight_decay": 0.0},
+        ]
+    )
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+    generator = torch.Generator().manual_seed(config.seed)
+    state = TrainState(
+        {**concept.kv, token: rows_KD}, optimizer, scaler, generator, _fixed_settings(base, pictures, config)
+    )
+    state_file = run.folder / STATE_FILE
+    start = _resume(state, run, config.steps) if resume else 0
+
+    bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
+    with deferred_interrupt() as interrupted, bar:
+        if start == 0:
+            run.log({"step": 0, **_drift_metrics(base, concept, drift, rows_KD)})
+            _draw(sample, concept, config, run, step=0)
+        for step in range(start + 1, config.steps + 1):
+            latents_BCHW, masks_B1HW, prompts = cache.draw(optim.batch_size, config.phrase, generator)
+            noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator).to(base.device)
+            timesteps_B = torch.randint(
+                scheduler.config["num_train_timesteps"], (len(prompts),), generator=generator
+            ).to(base.device)
+            noisy_BCHW = add_noise(scheduler, latents_BCHW, noise_BCHW, timesteps_B)
+            target_BCHW = training_target(scheduler, latents_BCHW, noise_BCHW, timesteps_B)
+
+            tokens = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD)})
+            text_BLD = encode_text(base.text_encoder, tokens, rows={token: rows_KD}).hidden_BLD
+            with attached(base.unet, concept.kv):
+                prediction_BCHW = base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
+                denoise = denoising_loss(prediction_BCHW, target_BCHW, masks_B1HW)
+                semantic = semantic_preservation(rows_KD, generator)
+                loss = denoise + config.semantic.weight * semantic
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip)
+            # fp16's scaler skips steps with infinite gradients and lowers its scale; else they are a divergence.
+            if not loss.isfinite() or not (norm.isfinite() or scaler.is_enabled()):
+                raise _diverged(step, denoise, semantic, config)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            metrics = {"loss_denoise": denoise.item(), "loss_semantic": semantic.item()}
+            if step % DRIFT_EVERY == 0 or step == config.steps:
+                metrics |= _drift_metrics(base, concept, drift, rows_KD)
+            run.log({"step": step, **metrics})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")})
+            bar.update()
+            if step % config.checkpoint_every == 0 or interrupted.is_set():
+                state.save(state_file, step)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            if config.sample.every and step % config.sample.every == 0 and step < config.steps:
+                _draw(sample, concept, config, run, step=step)
+    return _finish(sample, concept, config, run)
+
+
+def new_concept(base: Base, config: ConceptConfig) -> Concept:
+    """The concept before its first step: trainable, and without any effect on the UNet."""
+    initialiser = config.adapter.initialiser or config.class_word
+    rows_KD = initial_rows(base.text_encoder, base.tokenizer, initialiser, config.adapter.num_rows)
+    metadata = ConceptMetadata(
+        class_words={config.token: config.class_word},
+        initialiser=initialiser,
+        base_name=public_base_name(base.name),
+        base_hash=base.hash,
+        resolution=base.resolution,
+        prediction_type=base.scheduler_config["prediction_type"],
+        steps=config.steps,
+        lr=config.optim.lr,
+        token_lr=config.optim.token_lr,
+        seed=config.seed,
+        loss_weights={"denoise": 1.0, "semantic": config.semantic.weight},
+        sample_prompt=fill(config.sample.prompts[0], config.phrase),
+    )
+    return Concept(tokens={config.token: rows_KD}, kv=zero_deltas(base.unet), metadata=metadata)
+
+
+def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, rows_KD: Tensor) -> dict[str, float]:
+    """Where the concept's phrases stand to their class, and the size of the change of K and V beside the base's own."""
+    weights = [linear.weight for linear in kv_projections(base.unet).values()]
+    change = _norm(list(concept.kv.values())) / _norm(weights)
+    return {"drift_cosine": drift(rows_KD), "class_cosine": drift.class_cosine, "kv_change": change}
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm().item()
+
+
+def _draw(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run, *, step: int) -> Tensor | None:
+    """Writes the contact sheet of a step; returns its pictures, as frames_BHWC in [0, 255]."""
+    if sample is None or config.sample.every == 0:
+        return None
+    prompts = [fill(prompt, config.phrase) for prompt in config.sample.prompts]
+    pixels_BCHW = sample(frozen_copy(concept), prompts)
+    frames_BHWC = ((pixels_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+    sheet = contact_sheet(frames_BHWC.numpy(), prompts, title=f"{config.phrase}, step {step}")
+    with atomic_path(run.folder / f"samples_{step:05d}.png") as part:
+        sheet.save(part)
+    return frames_BHWC
+
+
+def _finish(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run) -> Concept:
+    """The last contact sheet and the concept file, both of the concept as it is stored; the state goes."""
+    frames_BHWC = _draw(sample, concept, config, run, step=config.steps)
+    preview = "" if frames_BHWC is None else png_preview(Image.fromarray(frames_BHWC[0].numpy()))
+    finished = frozen_copy(concept, preview=preview)
+    save_concept(finished, run.folder / CONCEPT_FILE)
+    (run.folder / STATE_FILE).unlink(missing_ok=True)
+    return finished
+
+
+def _resume(state: TrainState, run: Run, steps: int) -> int:
+    """Loads the run's state and drops what was logged after it; returns the number of steps done."""
+    if (run.folder / CONCEPT_FILE).exists():
+        raise UserError(
+            f"{run.folder} has ended, there is nothing to resume",
+            allowed="a run that was interrupted",
+            do="start a new run without --resume",
+        )
+    path, metrics = run.folder / STATE_FILE, run.folder / "metrics.jsonl"
+    start = state.load(path) if path.exists() else 0  # interrupted before its first state: from the beginning
+    if start > steps:
+        raise UserError(f"steps={steps}, {start} are done", allowed=f"{start} or more", do="raise --steps")
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    run.write_text(metrics.name, "".join(line for line in lines if 0 < start >= json.loads(line)["step"]))
+    return start
+
+
+def _fixed_settings(base: Base, pictures: Sequence[Picture], config: ConceptConfig) -> dict[str, str]:
+    """What must be equal for a run to be continued exactly, as texts by name."""
+    settings = dataclasses.asdict(config)
+    for free in ("images", "out", "device", "dtype", "base", "steps", "checkpoint_every", "sample"):
+        del settings[free]
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.image.tobytes())
+    found = {"dtype": base.dtype, "weights of the base": base.hash, "pictures": digest.hexdigest()[:16]}
+    return {name: str(value) for name, value in {**settings, **found}.items()}
+
+
+def _diverged(step: int, denoise: Tensor, semantic: Tensor, config: ConceptConfig) -> UserError:
+    return UserError(
+        f"training diverged at step {step}: denoising loss {denoise.item():.3g}, semantic loss {semantic.item():.3g}, "
+        f"lr {config.optim.lr:g}, token_lr {config.optim.token_lr:g}; no concept was written",
+        allowed="finite losses and gradients",
+        do="lower optim.lr and optim.token_lr, or compute with --dtype fp32",
+    )

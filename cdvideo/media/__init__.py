@@ -1,0 +1,1 @@
+"""Pictures and clips in, frames out. Knows files, knows no model."""

@@ -1,0 +1,107 @@
+"""What the scripts do, from flags to results: where the parts that do not know each other are put together.
+
+Imports torch only once flags, settings and pictures have been found in order, so that a mistake is told in a blink.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
+from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
+from cdvideo.config import to_yaml
+from cdvideo.errors import UserError
+from cdvideo.media.images import read_pictures
+from cdvideo.runs import Run, create_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cdvideo.base.loader import Base
+    from cdvideo.concept.file import Concept
+    from cdvideo.concept.trainer import Sampler
+
+SAMPLE_PICTURES = Path(__file__).parent / "world" / "samples" / "dog"
+
+
+def train_concept_main(argv: Sequence[str]) -> None:
+    """scripts/train_concept.py: pictures of one thing in, a concept file out. Without arguments, the sample concept."""
+    started = time.perf_counter()
+    parser = ArgumentParser(description=train_concept_main.__doc__, allow_abbrev=False)
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="3 to 20 pictures of the one thing")
+    parser.add_argument("--token", metavar="WORD", help="the made-up word that will stand for it (sks)")
+    parser.add_argument("--class-word", metavar="WORDS", help='what kind of thing it is ("dog", "stuffed animal")')
+    parser.add_argument("--base", metavar="NAME", help='"tiny" (embedded), or a folder in the diffusers layout')
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps")
+    add_common_flags(parser)
+    args = parser.parse_intermixed_args(argv)
+
+    config = config_from_flags(ConceptConfig, args)
+    run: Run | None = None
+    if args.resume:
+        if args.config:
+            raise UserError(
+                "--resume with --config", allowed="one of both", do="leave --config out: the run has its own"
+            )
+        run = _create_run(config, resume=True)
+        args.config = run.folder / "config.yaml"
+        config = config_from_flags(ConceptConfig, args)
+    pictures = read_pictures(config.images or SAMPLE_PICTURES)
+
+    from cdvideo.base.loader import load_base
+    from cdvideo.concept.trainer import train_concept
+    from cdvideo.concept.words import check_token, warn_of_unknown_words
+    from cdvideo.device import pick_device, pick_dtype
+
+    device = pick_device(config.device)
+    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
+    check_token(base.tokenizer, config.token)
+    warn_of_unknown_words(base.tokenizer, config.class_word)
+    with run or _create_run(config) as run:
+        run.write_text("config.yaml", to_yaml(config))
+        if not args.quiet:
+            print(f'"{config.phrase}" from {len(pictures)} pictures, base {config.base} on {device}: {run.folder}')
+        try:
+            train_concept(
+                base, pictures, config, run, sample=_sampler(base, config), resume=args.resume, quiet=args.quiet
+            )
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: python scripts/train_concept.py --resume --out {run.folder}")
+            raise
+    if not args.quiet:
+        _print_summary(config, run)
+        print_usage_footer(started)
+
+
+def _create_run(config: ConceptConfig, *, resume: bool = False) -> Run:
+    """The run's folder: --out, or runs/<token>-<class word>."""
+    out = config.out or Path("runs") / re.sub(r"[^\w-]+", "-", config.phrase)
+    return create_run(out.parent, out.name, resume=resume)
+
+
+def _sampler(base: Base, config: ConceptConfig) -> Sampler:
+    """Draws pictures of a concept in training, from the same noise each time."""
+    from cdvideo.sampling.image import sample_images
+
+    def sample(concept: Concept, prompts: Sequence[str]) -> Tensor:
+        seeds = range(config.sample.seed, config.sample.seed + len(prompts))
+        steps, guidance = config.sample.steps, config.sample.guidance
+        return sample_images(base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance)
+
+    return sample
+
+
+def _print_summary(config: ConceptConfig, run: Run) -> None:
+    """The last line of metrics.jsonl in words, and what to do next."""
+    *_, last = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    print(
+        f"cosine to the class on phrases never trained on: {last['drift_cosine']:.3f} (the class itself "
+        f"{last['class_cosine']:.3f}); K and V changed by {last['kv_change']:.1%}"
+    )
+    print(f'wrote {run.folder / CONCEPT_FILE}; film it: python scripts/animate.py --prompt "a {config.phrase} surfing"')

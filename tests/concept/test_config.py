@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cdvideo.concept.config import ConceptConfig
+from cdvideo.config import load_config, to_yaml
+from cdvideo.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "concept"
+
+
+def test_the_tiny_config_file_is_the_defaults() -> None:
+    assert load_config(ConceptConfig, file=CONFIGS / "tiny.yaml") == ConceptConfig()
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_config_file_loads_and_comes_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load_config(ConceptConfig, file=file)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(ConceptConfig, file=tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "token=two words",
+        "token=",
+        "token=7up",
+        "class_word= ",
+        "class_word=big sks",
+        "steps=0",
+        "seed=-1",
+        "checkpoint_every=0",
+        "data.variants=0",
+        "data.rescale=1.5",
+        "data.smallest_scale=0.1",
+        "data.largest_scale=0.5",
+        "adapter.num_rows=0",
+        "semantic.weight=-1",
+        "semantic.phrases=0",
+        "semantic.variant=pooled",
+        "optim.batch_size=0",
+        "optim.lr=0",
+        "optim.token_lr=-1",
+        "optim.weight_decay=-1",
+        "optim.grad_clip=0",
+        "sample.every=-1",
+        "sample.prompts=[]",
+        "sample.prompts=[a dog]",
+        "sample.steps=0",
+        "sample.guidance=0.5",
+    ],
+)
+def test_what_can_not_work_is_refused_by_name(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_config(ConceptConfig, overrides=[override])
+
+
+def test_a_class_of_several_words_makes_one_phrase() -> None:
+    assert ConceptConfig(token="sks", class_word="stuffed animal").phrase == "sks stuffed animal"

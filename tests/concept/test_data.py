@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cdvideo.base.latents import encode_pixels
+from cdvideo.base.loader import Base
+from cdvideo.concept.config import DataConfig
+from cdvideo.concept.data import augment, cache_latents
+from cdvideo.media.images import Picture
+
+CELL, SIZE = 8, 64
+
+
+def half_red() -> Image.Image:
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 32, 64))
+    return image
+
+
+def test_without_augmentation_the_picture_is_shown_as_it_is() -> None:
+    variant = augment(half_red(), SIZE, DataConfig(flip=False, rescale=0), random.Random(0), cell=CELL)
+    pixels = torch.from_numpy(np.asarray(half_red(), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    assert torch.equal(variant.pixels_CHW, pixels)
+    assert variant.size == "full" and variant.mask_1HW.all()
+
+
+def test_the_middle_square_of_a_wide_picture_is_taken() -> None:
+    wide = Image.new("RGB", (200, 64), "black")
+    wide.paste("white", (68, 0, 132, 64))
+    variant = augment(wide, SIZE, DataConfig(flip=False, rescale=0), random.Random(0), cell=CELL)
+    assert variant.pixels_CHW.shape == (3, SIZE, SIZE) and variant.pixels_CHW.min() == 1
+
+
+def test_half_of_the_variants_are_mirrored() -> None:
+    rng, config = random.Random(0), DataConfig(rescale=0)
+    red_left = [augment(half_red(), SIZE, config, rng, cell=CELL).pixels_CHW[0, 0, 0].item() > 0 for _ in range(100)]
+    assert 30 < sum(red_left) < 70
+
+
+def test_a_small_variant_counts_only_inside_of_the_pasted_picture() -> None:
+    rng, config = random.Random(0), DataConfig(rescale=1, largest_scale=1)
+    white, sides = Image.new("RGB", (64, 64), "white"), set()
+    for _ in range(40):
+        variant = augment(white, SIZE, config, rng, cell=CELL)
+        if variant.size == "small":
+            pasted_HW = (variant.pixels_CHW == 1).all(dim=0)
+            assert pasted_HW.any() and not pasted_HW.all()
+            assert variant.mask_1HW.any() and not variant.mask_1HW[0][~pasted_HW].any()
+            rows = variant.mask_1HW[0].any(dim=1).nonzero().flatten()
+            assert rows[0] % CELL == 0 and (rows[-1] + 1) % CELL == 0  # whole latent cells
+            sides.add(int(pasted_HW.any(dim=1).sum()))
+    assert sides and min(sides) >= round(0.6 * SIZE / CELL) * CELL
+
+
+def test_a_large_variant_fills_the_canvas_and_counts_whole() -> None:
+    rng, config = random.Random(0), DataConfig(rescale=1, smallest_scale=1, largest_scale=2)
+    large = [v for v in (augment(half_red(), SIZE, config, rng, cell=CELL) for _ in range(30)) if v.size == "large"]
+    assert large and all(variant.mask_1HW.all() and variant.pixels_CHW.shape == (3, SIZE, SIZE) for variant in large)
+
+
+def test_latents_are_cached_in_variants_with_the_plain_picture_first(tiny_base: Base, pictures: list[Picture]) -> None:
+    config = DataConfig(variants=5, rescale=1)
+    cache = cache_latents(tiny_base, pictures, config, seed=3, quiet=True)
+    assert cache.latents_NCHW.shape == (15, 4, 8, 8) and cache.masks_N1HW.shape == (15, 1, 8, 8)
+    plain = augment(pictures[1].image, 64, DataConfig(flip=False, rescale=0), random.Random(0), cell=8)
+    assert torch.equal(cache.latents_NCHW[5], encode_pixels(tiny_base.vae, plain.pixels_CHW[None])[0])
+    again = cache_latents(tiny_base, pictures, config, seed=3, quiet=True)
+    assert torch.equal(again.latents_NCHW, cache.latents_NCHW) and again.sizes == cache.sizes
+    assert cache_latents(tiny_base, pictures, config, seed=4, quiet=True).sizes != cache.sizes
+
+
+def test_prompts_tell_the_size(tiny_base: Base, pictures: list[Picture]) -> None:
+    cache = cache_latents(tiny_base, pictures, DataConfig(variants=20, rescale=0.7), seed=0, quiet=True)
+    assert set(cache.sizes) == {"small", "full", "large"}
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        latents_BCHW, masks_B1HW, (prompt,) = cache.draw(1, "sks dog", generator)
+        index = next(n for n, latent in enumerate(cache.latents_NCHW) if torch.equal(latent, latents_BCHW[0]))
+        size = cache.sizes[index]
+        assert torch.equal(masks_B1HW[0], cache.masks_N1HW[index])
+        assert "sks dog" in prompt
+        assert (size == "small") == prompt.endswith(" far away") and (size == "large") == ("close up" in prompt)
+        seen.add(size)
+    assert seen == {"small", "full", "large"}

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdvideo.base.loader import Base
+from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.config import ConceptConfig, SemanticConfig
+from cdvideo.concept.kv import initial_rows
+from cdvideo.concept.semantic import SemanticPreservation, phrase_features
+
+PHRASES = ["a dog", "a photo of the dog in snow wearing headphones"]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_features_are_read_at_the_true_end_of_text(tiny_base: Base) -> None:
+    """Also when a concept's token has the highest id, which is where transformers' legacy pooling would look."""
+    full = tokenize(tiny_base.tokenizer, PHRASES)
+    hidden_BLD = encode_text(tiny_base.text_encoder, full).hidden_BLD
+    expected = torch.stack([hidden_BLD[0, 3], hidden_BLD[1, 10]])
+    torch.testing.assert_close(phrase_features(tiny_base, PHRASES), expected)
+
+    tiny_base.text_encoder.config.eos_token_id = tiny_base.text_encoder.eos_token_id = 2  # as SD 1.5 has it
+    torch.testing.assert_close(phrase_features(tiny_base, PHRASES), expected)
+    rows = {"zzz": tiny_base.text_encoder.get_input_embeddings().weight[-1:].clone()}  # the highest id's own row
+    hidden_BLD = encode_text(
+        tiny_base.text_encoder, tokenize(tiny_base.tokenizer, ["a zzz dog"], tokens={"zzz": 1}), rows=rows
+    ).hidden_BLD
+    torch.testing.assert_close(phrase_features(tiny_base, ["a zzz dog"], rows), hidden_BLD[:, 4])
+    assert not torch.allclose(hidden_BLD[:, 4], hidden_BLD[:, 2])
+
+
+def test_the_loss_is_zero_when_the_token_reads_as_nothing_new(tiny_base: Base, config: ConceptConfig) -> None:
+    loss = SemanticPreservation(tiny_base, config)
+    word_of_class = tiny_base.text_encoder.get_input_embeddings().weight[
+        tiny_base.tokenizer("dog", add_special_tokens=False).input_ids
+    ]
+    # "sks dog" against the class "dog dog", with sks reading as dog: equal phrases.
+    doubled = SemanticPreservation(tiny_base, dataclasses.replace(config, class_word="dog dog"))
+    same = SemanticPreservation(tiny_base, dataclasses.replace(config, class_word="dog"))
+    same.class_features_TD = doubled.class_features_TD
+    assert same(word_of_class, generator()).item() == pytest.approx(0, abs=1e-6)
+    assert loss(word_of_class, generator()).item() > 1e-4
+
+
+def test_gradient_reaches_the_rows_alone(tiny_base: Base, config: ConceptConfig) -> None:
+    rows_KD = initial_rows(tiny_base.text_encoder, tiny_base.tokenizer, "dog", 2)
+    SemanticPreservation(tiny_base, config)(rows_KD, generator()).backward()
+    assert rows_KD.grad is not None and all(row.norm() > 0 for row in rows_KD.grad)
+    assert all(parameter.grad is None for parameter in tiny_base.text_encoder.parameters())
+
+
+def test_descending_the_loss_brings_the_concept_back_to_its_class(tiny_base: Base, config: ConceptConfig) -> None:
+    loss = SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=SemanticConfig(phrases=100)))
+    rows_KD = torch.randn(1, 32, requires_grad=True)
+    before = loss(rows_KD, generator())
+    optimizer = torch.optim.Adam([rows_KD], lr=0.05)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss(rows_KD, generator()).backward()
+        optimizer.step()
+    assert loss(rows_KD, generator()) < 0.7 * before
+
+
+def test_drawn_phrases_average_to_the_loss_over_all(tiny_base: Base, config: ConceptConfig) -> None:
+    rows_KD = torch.randn(1, 32)
+    drawn = SemanticPreservation(tiny_base, config)
+    whole = SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=SemanticConfig(phrases=100)))
+    draws, one = torch.stack([drawn(rows_KD, one) for one in [generator()] for _ in range(60)]), generator()
+    assert draws.std() > 0
+    assert draws.mean().item() == pytest.approx(whole(rows_KD, one).item(), rel=0.1)
+
+
+def test_the_released_variant_pools_at_the_token_without_its_position(tiny_base: Base, config: ConceptConfig) -> None:
+    released = dataclasses.replace(config, semantic=SemanticConfig(variant="released"))
+    rows_KD = torch.randn(1, 32)
+    loss = SemanticPreservation(tiny_base, released)
+    assert len(loss.templates) == 1
+
+    # By hand: the sum of token and position embedding, overwritten by the row, through the encoder's own layers.
+    encoder, batch = (
+        tiny_base.text_encoder,
+        tokenize(tiny_base.tokenizer, ["a picture of a sks dog"], tokens={"sks": 1}),
+    )
+    at = batch.slots[0].at
+    hook = next(m for n, m in encoder.named_modules() if n.endswith("embeddings")).register_forward_hook(
+        lambda _module, _inputs, output: output.index_put((torch.tensor([0]), torch.tensor([at])), rows_KD)
+    )
+    hidden_BLD = encoder(input_ids=batch.ids_BL).last_hidden_state
+    hook.remove()
+    class_TD = phrase_features(tiny_base, ["a picture of a dog"])
+    expected = 1 - F.cosine_similarity(hidden_BLD[:, at], class_TD)
+    torch.testing.assert_close(loss(rows_KD, generator()), expected[0])

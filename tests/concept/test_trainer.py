@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cdvideo.base.loader import Base
+from cdvideo.base.schedule import add_noise, make_scheduler, training_target
+from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.data import cache_latents
+from cdvideo.concept.file import Concept, load_concept
+from cdvideo.concept.kv import attached
+from cdvideo.concept.losses import denoising_loss
+from cdvideo.concept.state import STATE_FILE
+from cdvideo.concept.trainer import new_concept, train_concept
+from cdvideo.errors import UserError
+from cdvideo.media.images import Picture
+from cdvideo.runs import Run, create_run
+
+
+def changed(config: ConceptConfig, **groups: dict[str, Any]) -> ConceptConfig:
+    """The config with some settings of its groups changed."""
+    new = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in groups.items()}
+    return dataclasses.replace(config, **new)
+
+
+def metrics_of(run: Run) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(one: Concept, other: Concept) -> bool:
+    ours, theirs = {**one.tokens, **one.kv}, {**other.tokens, **other.kv}
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_only_the_concept_is_written(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run, tmp_path: Path
+) -> None:
+    modules = {"unet": tiny_base.unet, "vae": tiny_base.vae, "text": tiny_base.text_encoder}
+    before = {
+        (part, name): value.clone() for part, module in modules.items() for name, value in module.state_dict().items()
+    }
+    started = new_concept(tiny_base, config)
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+
+    # The whole token table is among these: no word drifts, whatever the optimizer decays.
+    for part, module in modules.items():
+        assert all(torch.equal(value, before[part, name]) for name, value in module.state_dict().items())
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in module.parameters())
+        assert not any(child._forward_hooks for child in module.modules())
+    assert not torch.equal(concept.tokens["sks"], started.tokens["sks"])
+    assert all(delta.any() for delta in concept.kv.values())
+    assert equal(load_concept(run.folder / "concept.safetensors", base=tiny_base), concept)
+    assert not (run.folder / STATE_FILE).exists()
+
+
+def test_metrics_hold_every_term_and_the_drift(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    config = changed(dataclasses.replace(config, steps=12), semantic={"weight": 100.0})
+    train_concept(tiny_base, pictures, config, run, quiet=True)
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == list(range(13))
+    assert all(0 < line["loss_denoise"] < 20 for line in lines[1:])
+    assert all(0 < line["loss_semantic"] < 2 for line in lines[1:])  # without its weight of 100
+    assert [line["step"] for line in lines if "drift_cosine" in line] == [0, 10, 12]
+    assert lines[0]["kv_change"] == 0 < lines[-1]["kv_change"]
+    assert lines[0]["class_cosine"] == lines[-1]["class_cosine"]
+
+
+def fixed_loss(base: Base, pictures: list[Picture], config: ConceptConfig, concept: Concept) -> float:
+    """The denoising loss on the plain pictures, always with the same noise."""
+    generator = torch.Generator().manual_seed(9)
+    cache = cache_latents(base, pictures, dataclasses.replace(config.data, rescale=0, flip=False), seed=0, quiet=True)
+    latents = cache.latents_NCHW.repeat(8, 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.linspace(100, 999, len(latents)).long()
+    scheduler = make_scheduler(base.scheduler_config)
+    batch = tokenize(base.tokenizer, ["a picture of a sks dog"] * len(latents), tokens={"sks": 1})
+    with torch.no_grad(), attached(base.unet, concept.kv):
+        text = encode_text(base.text_encoder, batch, rows=concept.tokens).hidden_BLD
+        prediction = base.unet(add_noise(scheduler, latents, noise, timesteps), timesteps, text).sample
+    target = training_target(scheduler, latents, noise, timesteps)
+    return denoising_loss(prediction, target, torch.ones(len(latents), 1, 8, 8)).item()
+
+
+def test_training_lowers_the_loss(tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run) -> None:
+    config = changed(dataclasses.replace(config, steps=60), optim={"lr": 1e-2, "batch_size": 4}, data={"rescale": 0.0})
+    before = fixed_loss(tiny_base, pictures, config, new_concept(tiny_base, config))
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+    assert fixed_loss(tiny_base, pictures, config, concept) < 0.9 * before
+
+
+def test_semantic_preservation_keeps_the_concept_near_its_class(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
+) -> None:
+    ends = {}
+    for weight in (0.0, 20.0):
+        weighted = changed(dataclasses.replace(config, steps=20), semantic={"weight": weight}, optim={"token_lr": 0.02})
+        with create_run(tmp_path, f"weight-{weight:g}") as run:
+            train_concept(tiny_base, pictures, weighted, run, quiet=True)
+            ends[weight] = metrics_of(run)[-1]
+    assert ends[20.0]["loss_semantic"] < 0.8 * ends[0.0]["loss_semantic"]
+
+
+def test_the_same_seed_gives_the_same_concept(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
+) -> None:
+    def train(seed: int) -> Concept:
+        with create_run(tmp_path, "run") as run:
+            return train_concept(tiny_base, pictures, dataclasses.replace(config, seed=seed), run, quiet=True)
+
+    first = train(0)
+    assert equal(first, train(0)) and not equal(first, train(1))
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run, tmp_path: Path
+) -> None:
+    with create_run(tmp_path, "whole") as whole_run:
+        whole = train_concept(tiny_base, pictures, config, whole_run, quiet=True)
+        expected = metrics_of(whole_run)
+
+    def interrupt(_: Concept, prompts: Sequence[str]) -> Tensor:
+        """Ctrl-C, pressed while the sheet of step 2 is drawn."""
+        if metrics_of(run)[-1]["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return torch.zeros(len(prompts), 3, 16, 16)
+
+    sampled = changed(config, sample={"every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train_concept(tiny_base, pictures, sampled, run, sample=interrupt, quiet=True)
+    assert metrics_of(run)[-1]["step"] == 3 and not (run.folder / "concept.safetensors").exists()
+    run.log({"step": 4, "loss_denoise": 1.0})  # as if killed after this line and before the next state
+    resumed = train_concept(tiny_base, pictures, config, run, resume=True, quiet=True)
+    assert equal(resumed, whole) and metrics_of(run) == expected
+
+    with pytest.raises(UserError, match="nothing to resume"):
+        train_concept(tiny_base, pictures, config, run, resume=True, quiet=True)
+
+
+def test_a_run_interrupted_before_its_first_state_begins_anew(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    run.log({"step": 0})
+    train_concept(tiny_base, pictures, config, run, resume=True, quiet=True)
+    assert [line["step"] for line in metrics_of(run)] == list(range(7))
+
+
+def test_resume_refuses_other_settings_and_pictures(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    def interrupt(_: Concept, prompts: Sequence[str]) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return torch.zeros(len(prompts), 3, 16, 16)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_concept(tiny_base, pictures, config, run, sample=interrupt, quiet=True)
+    with pytest.raises(UserError, match="semantic"):
+        train_concept(tiny_base, pictures, changed(config, semantic={"weight": 0.5}), run, resume=True, quiet=True)
+    with pytest.raises(UserError, match="pictures"):
+        train_concept(tiny_base, pictures[:2], config, run, resume=True, quiet=True)
+    longer = dataclasses.replace(config, steps=8)
+    assert train_concept(tiny_base, pictures, longer, run, resume=True, quiet=True).metadata.steps == 8
+
+
+def test_contact_sheets_show_the_stored_concept_from_step_zero_to_the_end(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    shown: list[Concept] = []
+
+    def sample(concept: Concept, prompts: Sequence[str]) -> Tensor:
+        assert prompts == ["a sks dog", "a sks dog wearing sunglasses", "a sks dog surfing", "a sks dog in the snow"]
+        shown.append(concept)
+        return torch.full((4, 3, 16, 16), 1.0)
+
+    config = changed(config, sample={"every": 4})
+    concept = train_concept(tiny_base, pictures, config, run, sample=sample, quiet=True)
+    sheets = sorted(path.name for path in run.folder.glob("*.png"))
+    assert sheets == ["samples_00000.png", "samples_00004.png", "samples_00006.png"]
+    assert Image.open(run.folder / sheets[0]).width == 4 * 256
+    assert not any(delta.any() for delta in shown[0].kv.values())
+    assert equal(shown[-1], concept) and not equal(shown[1], concept)
+    assert concept.metadata.preview and concept.metadata.sample_prompt == "a sks dog"
+
+
+def test_divergence_stops_with_advice_and_writes_no_concept(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    with pytest.raises(UserError, match="diverged at step") as caught:
+        train_concept(tiny_base, pictures, changed(config, optim={"lr": 1e30}), run, quiet=True)
+    assert "optim.lr" in caught.value.do
+    assert not (run.folder / "concept.safetensors").exists()
+    assert "NaN" not in (run.folder / "metrics.jsonl").read_text()
+
+
+def test_several_rows_and_a_class_of_several_words_are_learned(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    config = changed(dataclasses.replace(config, class_word="stuffed animal", steps=2), adapter={"num_rows": 3})
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+    rows_KD = concept.tokens["sks"]
+    assert rows_KD.shape == (3, 32) and not torch.equal(rows_KD[0], rows_KD[1])
+    assert concept.metadata.class_words == {"sks": "stuffed animal"}
+
+
+def test_half_precision_bases_are_tuned_in_full_precision(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    tiny_base.to(torch.device("cpu"), torch.bfloat16)
+    config = changed(dataclasses.replace(config, steps=2), optim={"gradient_checkpointing": True})
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+    assert all(delta.any() for delta in concept.kv.values())
+    assert metrics_of(run)[-1]["loss_denoise"] > 0
