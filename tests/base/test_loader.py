@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cdvideo.base.loader import TINY_BASE, load_base, weights_hash
+from cdvideo.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_a_folder_loads_frozen_in_eval_mode(tiny_base_folder: Path) -> None:
+    base = load_base(str(tiny_base_folder), device=CPU, dtype=torch.bfloat16)
+    assert base.resolution == 64 and base.path == tiny_base_folder
+    assert base.scheduler_config["prediction_type"] == "v_prediction"
+    for module in (base.unet, base.vae, base.text_encoder):
+        assert not module.training
+        assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
+    assert base.to(CPU, torch.float32).unet.dtype == torch.float32 and base.dtype == torch.float32
+
+
+def test_the_hash_tells_weights_apart(tiny_base_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    before = weights_hash(copy)
+    assert before == weights_hash(tiny_base_folder) and len(before) == 16
+    (copy / "scheduler" / "scheduler_config.json").touch()
+    assert weights_hash(copy) == before
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert weights_hash(copy) != before
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing-here", "nowhere"])
+def test_an_unknown_base_is_told(name: str) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_base(name, device=CPU)
+
+
+def test_a_missing_part_is_named(tiny_base_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(UserError, match="has no folder 'vae'"):
+        load_base(str(copy), device=CPU)
+
+
+def test_pickled_weights_are_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="no .safetensors"):
+        load_base(str(copy), device=CPU)
+
+
+def test_tiny_lies_in_the_package() -> None:
+    assert TINY_BASE.parent.name == "base" and TINY_BASE.name == "tiny"
