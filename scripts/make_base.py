@@ -1,9 +1,9 @@
-"""Make the embedded base: render the world, train all parts, export. See configs/base/ and cdvideo/world/make_base.py."""
+"""Make the embedded base: render the world, train all parts, export. Settings: configs/base/."""
 
 import sys
 
-from cdvideo.cli import run_main
-from cdvideo.world.make_base import main
+if __name__ == "__main__":  # imports too: the processes that render load this file, and need none of it
+    from cdvideo.cli import run_main
+    from cdvideo.world.make_base import main
 
-if __name__ == "__main__":
     sys.exit(run_main(main))

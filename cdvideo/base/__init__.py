@@ -1,1 +1,1 @@
-"""The base model: loading, text encoding with spliced concept tokens, latents and noise schedules (no torch at import)."""
+"""The base model: loading, text with spliced concept tokens, latents and noise schedules (no torch at import)."""

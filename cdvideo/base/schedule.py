@@ -14,20 +14,20 @@ Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 
 
 def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim") -> Scheduler:
-    """A sampler with the base's betas and prediction type: DDIM (arXiv 2010.02502) or DPM-Solver++ 2M (arXiv 2211.01095)."""
+    """A sampler with the base's betas and prediction: DDIM (arXiv 2010.02502), DPM-Solver++ 2M (arXiv 2211.01095)."""
     if name == "ddim":
         return DDIMScheduler.from_config(dict(config))
     return DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++", solver_order=2)
 
 
 def add_noise(scheduler: Scheduler, latents: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
-    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (DDPM, arXiv 2006.11239, eq. 4); latents of any rank, batch first."""
+    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (arXiv 2006.11239, eq. 4); latents of any rank, batch first."""
     signal, sigma = _signal_and_noise(scheduler, timesteps_B, latents)
     return signal * latents + sigma * noise
 
 
 def training_target(scheduler: Scheduler, latents: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
-    """What the UNet is to predict: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512, appendix D)."""
+    """What the UNet predicts: noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (arXiv 2202.00512, app. D)."""
     if scheduler.config["prediction_type"] == "epsilon":
         return noise
     assert scheduler.config["prediction_type"] == "v_prediction", scheduler.config["prediction_type"]
@@ -63,8 +63,8 @@ def min_snr_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float =
 def truncated_v_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float = 5.0) -> Tensor:
     """(min(SNR, gamma) + 1) / (SNR + 1): Min-SNR's cut at gamma applied to the SNR + 1 weighting of v prediction.
 
-    Min-SNR's own v weight is 0 at SNR 0, so a zero-terminal-SNR model would never learn its first sampling step. Here the
-    weight stays 1 up to SNR = gamma (arXiv 2202.00512, section 4, "SNR+1 weighting") and falls as Min-SNR's above it.
+    Min-SNR's own v weight is 0 at SNR 0, so a zero-terminal-SNR model would never learn its first sampling step. Here
+    the weight stays 1 up to SNR = gamma ("SNR+1 weighting", arXiv 2202.00512, section 4) and falls above it.
     """
     assert scheduler.config["prediction_type"] == "v_prediction", scheduler.config["prediction_type"]
     snr_B = snr(scheduler, timesteps_B)

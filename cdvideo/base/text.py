@@ -1,7 +1,8 @@
 """Prompts to text features, with concept tokens spliced into the input embeddings.
 
-A concept token such as ``sks`` owns K rows of width D. It never enters the embedding table: in a prompt it takes K positions,
-and the rows are put there after the table lookup and before the position embedding is added. So no other word can drift.
+A concept token such as ``sks`` owns K rows of width D. It never enters the embedding table: in a prompt it takes K
+positions, and the rows are put there after the table lookup and before the position embedding is added. So no other
+word can drift.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokenised prompts: ids_BL padded to the tokenizer's length, concept slots, and the true end-of-text positions eos_B."""
+    """Tokenised prompts: ids_BL padded to the tokenizer's length, concept slots, true end-of-text positions eos_B."""
 
     ids_BL: Tensor
     slots: tuple[Slot, ...]
@@ -84,7 +85,7 @@ def tokenize(
     """Tokenise prompts; concept tokens (string -> number of rows K) take K positions each.
 
     Args:
-        prompts: B prompts of any length; what exceeds the tokenizer's ``model_max_length`` is cut and warned of in one line.
+        prompts: B prompts; what exceeds the tokenizer's ``model_max_length`` is cut, and warned of in one line.
         tokens: concept tokens, matched as whole words, case ignored.
 
     Returns:

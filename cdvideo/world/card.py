@@ -27,9 +27,9 @@ Load it with `cdvideo.load_base("tiny")`, or with diffusers' `StableDiffusionPip
 TAIL = """
 ## Licence of the data
 
-The drawings are Fluent Emoji (Microsoft, MIT licence) and Noto Color Emoji (Google, SIL Open Font License 1.1), fetched when
-the base is built and not part of this folder; backdrops, boards, headphones and markings are drawn by this package.
-See NOTICE. The weights are released under Apache-2.0.
+The drawings are Fluent Emoji (Microsoft, MIT licence) and Noto Color Emoji (Google, SIL Open Font License 1.1), fetched
+when the base is built and not part of this folder; backdrops, boards, headphones and markings are drawn by this
+package. See NOTICE. The weights are released under Apache-2.0.
 """
 
 

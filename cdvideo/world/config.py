@@ -69,7 +69,7 @@ class LoopConfig:
 
 
 def _loop(**values: int | float | bool) -> LoopConfig:
-    return field(default_factory=lambda: LoopConfig(**values))  # type: ignore[arg-type, return-value]
+    return field(default_factory=lambda: LoopConfig(**values))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,7 @@ class UnetConfig:
     """Part of the captions with unknown words put in."""
     gamma: float = 5.0
     """SNR above which the loss weight falls."""
-    loop: LoopConfig = _loop(steps=8_000, batch=512, lr=1e-3, warmup=200, sample_every=1000)
+    loop: LoopConfig = _loop(steps=8_000, batch=512, lr=1.5e-3, warmup=200, sample_every=1000)
 
     def __post_init__(self) -> None:
         check(

@@ -1,6 +1,6 @@
 """Render the world once into memory-mapped arrays: stills, subject masks and clips, with captions and factor labels.
 
-Item i of a split depends on the seed, the split and i alone, so the result is the same whatever the number of processes.
+Item i of a split depends on the seed, the split and i alone, so the result is the same for any number of processes.
 Work is cut into chunks; a chunk is done when its label file stands, so an interrupted rendering goes on where it was.
 Imports no torch, so that worker processes start fast.
 """
@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cdvideo.runs import atomic_path
+from cdvideo.world.sprites import Sprites, load_sprites
 
 Split = Literal["train", "heldout", "clips"]
 SPLITS: tuple[Split, ...] = ("train", "heldout", "clips")
@@ -86,7 +88,7 @@ def render_split(
 ) -> None:
     """Render ``count`` items into ``folder``: pixels.npy (N, [F,] H, W, 3), masks.npy (N, H/8, W/8) and labels.jsonl.
 
-    Does nothing where labels.jsonl stands with that many lines. ``workers`` 0 takes all cores, 1 renders in this process.
+    Does nothing where labels.jsonl stands with that many lines. ``workers``: 0 takes all cores, 1 is this process.
     """
     if (folder / "labels.jsonl").exists() and sum(1 for _ in (folder / "labels.jsonl").open()) == count:
         return
@@ -101,7 +103,7 @@ def render_split(
     starts = range(0, count, CHUNK[split])
     todo = [start for start in starts if not _labels_file(folder, start).exists()]
     job = partial(_render_chunk, world, folder, split, count=count, frames=frames, captions=captions, seed=seed)
-    with tqdm(total=len(starts), initial=len(starts) - len(todo), desc=f"render {split}", unit="chunk") as bar:
+    with progress(f"render {split}", len(starts), done=len(starts) - len(todo)) as bar:
         for _ in _map(job, todo, workers or os.cpu_count() or 1):
             bar.update()
     with atomic_path(folder / "labels.jsonl") as part:
@@ -131,7 +133,7 @@ def _render_chunk(
         pixels[index] = item.frames_FHWC if split == "clips" else item.frames_FHWC[0]
         masks[index] = _cell_means(item.mask_HW)
         lines.append(json.dumps({**item.labels, "captions": item.captions}))
-    # No flush: the page cache outlives an interrupted process, and a sync of the whole file per chunk would cost minutes.
+    # No flush: the page cache outlives an interrupted process, and syncing the whole file per chunk would cost minutes.
     del pixels, masks
     with atomic_path(_labels_file(folder, start)) as part:
         part.write_text("\n".join(lines) + "\n")
@@ -147,19 +149,23 @@ def _labels_file(folder: Path, start: int) -> Path:
     return folder / f"labels-{start:08d}.jsonl"
 
 
-def read_labels(folder: Path) -> list[dict[str, object]]:
+def progress(name: str, total: int, *, done: int = 0, quiet: bool = False) -> tqdm[Any]:
+    """A progress bar with the time left; in a log file a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=interval)
+
+
+def read_labels(folder: Path) -> list[dict[str, Any]]:
     """One dictionary per item: the factor labels, and ``captions``, a list of texts."""
     with (folder / "labels.jsonl").open() as file:
         return [json.loads(line) for line in file]
 
 
-_loaded: dict[Path, object] = {}
+_loaded: dict[Path, Sprites] = {}
 
 
-def _sprites(folder: Path) -> object:
+def _sprites(folder: Path) -> Sprites:
     """The sprites, loaded once per process."""
     if folder not in _loaded:
-        from cdvideo.world.sprites import load_sprites
-
         _loaded[folder] = load_sprites(folder)
     return _loaded[folder]

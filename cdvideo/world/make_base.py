@@ -163,7 +163,7 @@ def tokenize_world(config: MakeBaseConfig, sprites: Path) -> None:
 
 
 def common_words(sprites: Path) -> list[str]:
-    """English words beside the world's: the names and tags of pictures that lie with the sprites, where there are any."""
+    """English words beside the world's: names and tags of pictures that lie with the sprites, where there are any."""
     file = sprites / "words.json"
     return [str(word) for word in json.loads(file.read_text())] if file.exists() else []
 
@@ -172,7 +172,7 @@ def record(config: MakeBaseConfig, stage: str, facts: dict[str, Any], device: to
     """Keeps what was measured, for the model card: model/training.json, one entry per stage."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     folder = config.out / "model" / {"text": "text_encoder"}.get(stage, stage)
-    kinds = {"vae": AutoencoderTiny, "text": CLIPTextModel, "unet": UNet2DConditionModel}
+    kinds: dict[str, Any] = {"vae": AutoencoderTiny, "text": CLIPTextModel, "unet": UNet2DConditionModel}
     if stage in kinds:
         parameters = sum(p.numel() for p in kinds[stage].from_pretrained(folder).parameters())
     else:
@@ -182,7 +182,8 @@ def record(config: MakeBaseConfig, stage: str, facts: dict[str, Any], device: to
     file = config.out / "model" / "training.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     known[stage] = {**facts, "parameters": parameters, "device": name, "dtype": config.dtype}
-    known["data"] = {"seed": config.seed, **{split: _count(config.cache / split) for split in SPLITS}}
+    counts: dict[str, int] = {split: _count(config.cache / split) for split in SPLITS}
+    known["data"] = {"seed": config.seed, **counts}
     with atomic_path(file) as part:
         part.write_text(json.dumps(known, indent=2) + "\n")
     print(f"{stage}: {json.dumps(known[stage])}")

@@ -1,7 +1,7 @@
 """Muon (Keller Jordan et al., 2024): momentum whose update is orthogonalised, for matrices and convolutions.
 
-torch.optim.Muon takes matrices alone and orthogonalises them one by one; here convolutions are seen as matrices (out, rest),
-and all weights of one shape go through the Newton-Schulz iteration as one batch, which on a GPU is what makes it cheap.
+torch.optim.Muon takes matrices alone and orthogonalises them one by one; here convolutions are seen as matrices (out,
+rest), and all weights of one shape go through the Newton-Schulz iteration as one batch, which makes it cheap on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def orthogonalise(matrices_NRC: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with decoupled weight decay and AdamW-sized updates: lr * 0.2 * sqrt(max(rows, columns)) (arXiv 2502.16982, 2.2)."""
+    """Muon with decoupled weight decay, updates scaled by 0.2 * sqrt(max(rows, columns)) (arXiv 2502.16982, 2.2)."""
 
     def __init__(
         self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.01
@@ -50,13 +50,13 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), weights in by_shape.items():
                 scale = 0.2 * max(rows, columns) ** 0.5
                 updates_NRC = orthogonalise(self._momenta(weights, group["momentum"]))
-                shaped = [u.view(w.shape) for u, w in zip(updates_NRC.unbind(), weights)]
+                shaped = [u.view(w.shape) for u, w in zip(updates_NRC.unbind(), weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, shaped, alpha=-group["lr"] * scale)
 
     def _momenta(self, weights: list[Tensor], momentum: float) -> Tensor:
-        """Updates the momentum buffers; returns Nesterov's look-ahead as matrices_NRC, each weight flattened to (out, rest)."""
-        grads = [weight.grad for weight in weights]
+        """Updates the momentum buffers; returns Nesterov's look-ahead as matrices_NRC (out, rest)."""
+        grads = [weight.grad for weight in weights if weight.grad is not None]
         buffers = []
         for weight in weights:
             state = self.state[weight]
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, *, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices and convolutions, AdamW for all else: embeddings, norms, biases, first and last layers."""
+    """Muon for hidden matrices and convolutions; AdamW for embeddings, norms, biases, first and last layers."""
     edges = ("conv_in", "conv_out", "embedding", "head", "layers.0.weight")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in trained if p.ndim >= 2 and not any(edge in name for edge in edges)]

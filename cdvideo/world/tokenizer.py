@@ -1,7 +1,7 @@
 """The base's tokenizer: a CLIP-style byte-level BPE whose single tokens are the world's words.
 
-The vocabulary files are CLIP's (vocab.json, merges.txt), so transformers' CLIPTokenizer reads them. All 256 bytes are in
-the vocabulary, in the middle and at the end of a word, so any prompt tokenises without an unknown token.
+The vocabulary files are CLIP's (vocab.json, merges.txt), so transformers' CLIPTokenizer reads them. All 256 bytes are
+in the vocabulary, in the middle and at the end of a word, so any prompt tokenises without an unknown token.
 """
 
 from __future__ import annotations
@@ -100,18 +100,19 @@ def with_unknown_words(caption: str, rng: np.random.Generator, common_words: Seq
     for _ in range(rng.integers(1, 4)):
         invented = "".join(chr(97 + letter) for letter in rng.integers(26, size=rng.integers(3, 8)))
         known = bool(common_words) and rng.random() < 0.5
-        words.insert(rng.integers(len(words) + 1), common_words[rng.integers(len(common_words))] if known else invented)
+        words.insert(
+            rng.integers(len(words) + 1), common_words[int(rng.integers(len(common_words)))] if known else invented
+        )
     return " ".join(words)
 
 
 def tokenize_split(folder: Path, tokenizer: CLIPTokenizer, *, common_words: Sequence[str], seed: int) -> None:
-    """Writes caption_ids.npy (N, captions + 1, L) int16 beside a split's labels; the last column has unknown words put in."""
+    """Writes caption_ids.npy (N, captions + 1, L) int16 beside a split's labels; the last column has unknown words."""
     rng = np.random.default_rng([seed, 99])
     texts: list[str] = []
     labels = read_labels(folder)
     for item in labels:
-        captions = item["captions"]
-        assert isinstance(captions, list)
+        captions: list[str] = item["captions"]
         texts += [*captions, with_unknown_words(str(rng.choice(captions)), rng, common_words)]
     different = list(dict.fromkeys(texts))
     rows: dict[str, int] = {text: row for row, text in enumerate(different)}

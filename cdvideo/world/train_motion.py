@@ -28,7 +28,7 @@ from cdvideo.world.training import Average, Limits, Stage, autocast, load_array,
 
 
 def build_motion(config: MakeBaseConfig, unet: UNet2DConditionModel) -> MotionModules:
-    """Modules whose output projections are zero, so that they begin as the image UNet, with the joint GroupNorm of diffusers."""
+    """Modules with zero output projections, so films begin as the image UNet's; joint GroupNorm as in diffusers."""
     return MotionModules.for_unet(
         unet,
         motion_num_attention_heads=config.motion.heads,
@@ -41,7 +41,7 @@ def build_motion(config: MakeBaseConfig, unet: UNet2DConditionModel) -> MotionMo
 def train_motion(config: MakeBaseConfig, device: torch.device, limits: Limits) -> dict[str, Any]:
     """Trains, saves model/motion, and returns the recorded facts."""
     torch.manual_seed(config.seed)
-    folder, settings, loop = config.out / "motion", config.motion, config.motion.loop
+    folder, loop = config.out / "motion", config.motion.loop
     model = config.out / "model"
     vae = AutoencoderTiny.from_pretrained(model / "vae").to(device)
     text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).eval().requires_grad_(False)

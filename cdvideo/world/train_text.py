@@ -88,7 +88,8 @@ class Towers(nn.Module):
 
     def __init__(self, text: CLIPTextModel, image: ImageTower, classes: dict[str, int]) -> None:
         super().__init__()
-        self.text, self.image = text, image
+        self.text: CLIPTextModel = text
+        self.image: ImageTower = image
         self.log_scale_head = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.factor_heads = nn.ParameterDict(
             {name: nn.Parameter(torch.randn(count, text.config.hidden_size)) for name, count in classes.items()}
@@ -125,7 +126,8 @@ def train_text(config: MakeBaseConfig, device: torch.device, limits: Limits) -> 
     earlier = config.out / "model" / "text_encoder"
     text = CLIPTextModel.from_pretrained(earlier) if earlier.is_dir() else build_text_encoder(settings, tokenizer)
     towers = Towers(text, ImageTower(settings.image_width, settings.width), classes)
-    towers = towers.to(device, memory_format=torch.channels_last).train()
+    towers = towers.to(device).train()
+    towers.image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(towers, decay=loop.ema)
     optimizers = make_optimizers(towers, lr=loop.lr)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -174,14 +176,14 @@ def load_factors(config: MakeBaseConfig, device: torch.device) -> tuple[dict[str
 
 @torch.no_grad()
 def retrieval(towers: Towers, config: MakeBaseConfig, device: torch.device) -> dict[str, float]:
-    """Of held-out scenes: how often the own picture is the nearest of all to its caption, and among the nearest five."""
+    """Of held-out scenes: how often a caption's own picture is the nearest of all to it, and among the nearest five."""
     images_NHWC = load_array(config.cache / "heldout" / "pixels.npy", device)
     ids_NL = load_array(config.cache / "heldout" / "caption_ids.npy", device)[:, 0].long()
     parts = [
         towers(ids, shrink(to_pixels(images), config.text.image_size))
-        for ids, images in zip(ids_NL.split(128), images_NHWC.split(128))
+        for ids, images in zip(ids_NL.split(128), images_NHWC.split(128), strict=True)
     ]
-    text_ND, image_ND = (torch.cat(features) for features in zip(*parts))
+    text_ND, image_ND = (torch.cat(features) for features in zip(*parts, strict=True))
     similarity_NN = text_ND @ image_ND.mT
     rank_N = (similarity_NN > similarity_NN.diagonal()[:, None]).sum(dim=1)
     return {

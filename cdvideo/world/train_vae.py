@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
-from tqdm import tqdm
 
 from cdvideo.base.latents import decode_latents, encode_pixels
 from cdvideo.runs import atomic_path
 from cdvideo.world.config import MakeBaseConfig, VaeConfig
-from cdvideo.world.dataset import SPLITS
+from cdvideo.world.dataset import SPLITS, progress
 from cdvideo.world.muon import make_optimizers
 from cdvideo.world.training import Average, Limits, Stage, autocast, load_array, save_grid, to_pixels
 
@@ -38,7 +37,7 @@ def build_vae(config: VaeConfig) -> AutoencoderTiny:
 
 
 def train_vae(config: MakeBaseConfig, device: torch.device, limits: Limits) -> dict[str, Any]:
-    """Trains, saves model/vae with its scaling factor, and returns the recorded facts, PSNR on held-out scenes included."""
+    """Trains, saves model/vae with its scaling factor, and returns the recorded facts, held-out PSNR included."""
     torch.manual_seed(config.seed)
     folder, settings, loop = config.out / "vae", config.vae, config.vae.loop
     vae = start_vae(config).to(device, memory_format=torch.channels_last)
@@ -84,7 +83,7 @@ def train_vae(config: MakeBaseConfig, device: torch.device, limits: Limits) -> d
 
 
 def start_vae(config: MakeBaseConfig) -> AutoencoderTiny:
-    """The weights to start from: those of an earlier model without training state where there are any, else new ones."""
+    """The weights to start from: those of an earlier model where there is one, else new ones."""
     earlier = config.out / "model" / "vae"
     return AutoencoderTiny.from_pretrained(earlier) if earlier.is_dir() else build_vae(config.vae)
 
@@ -102,7 +101,7 @@ def random_crops(images_NHWC: Tensor, batch: int, size: int, generator: torch.Ge
 
 
 def reconstruction_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """L1 at full, half and quarter size, plus L1 of the horizontal and vertical differences, which keeps outlines sharp."""
+    """L1 at full, half and quarter size, plus L1 of horizontal and vertical differences, which keeps outlines sharp."""
     loss = output_BCHW.new_zeros(())
     for scale in (1, 2, 4):
         loss = loss + F.l1_loss(F.avg_pool2d(output_BCHW, scale), F.avg_pool2d(target_BCHW, scale))
@@ -146,9 +145,11 @@ def encode_world(config: MakeBaseConfig, device: torch.device) -> None:
         mark.unlink(missing_ok=True)
         flat = pixels.reshape(-1, *pixels.shape[-3:])
         parts = []
-        for start in tqdm(range(0, len(flat), ENCODE_BATCH), desc=f"encode {split}"):
-            images_BHWC = torch.from_numpy(flat[start : start + ENCODE_BATCH]).to(device)
-            parts.append(encode_pixels(vae, to_pixels(images_BHWC)).half().cpu())
+        with progress(f"encode {split}", len(flat)) as bar:
+            for start in range(0, len(flat), ENCODE_BATCH):
+                images_BHWC = torch.from_numpy(flat[start : start + ENCODE_BATCH]).to(device)
+                parts.append(encode_pixels(vae, to_pixels(images_BHWC)).half().cpu())
+                bar.update(len(images_BHWC))
         latents = torch.cat(parts)
         shape = (*pixels.shape[:-3], *latents.shape[1:])
         np.save(folder / "latents.npy", latents.view(shape).numpy())

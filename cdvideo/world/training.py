@@ -1,4 +1,4 @@
-"""What the base's training loops share: the walk over steps with its clock and checkpoints, averages, data on the device."""
+"""What the base's training loops share: the walk over steps with its clock and checkpoints, averages, data loading."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cdvideo.runs import atomic_path
 from cdvideo.world.config import LoopConfig
+from cdvideo.world.dataset import progress
+
+M = TypeVar("M", bound=nn.Module)
 
 CHECKPOINT_SECONDS = 60.0
 MEASURE_FROM, MEASURE_UNTIL = 20, 80  # steps over which --fit measures the speed, compilation left out
@@ -86,7 +88,7 @@ class Stage:
         """Yields the step numbers that are left, sets the learning rates, keeps the clock, writes checkpoints."""
         before, last_save, measured = self.seconds, time.monotonic(), 0.0
         first = self.step
-        with tqdm(total=self.total, initial=self.step, desc=self.folder.name, disable=self.limits.quiet) as bar:
+        with progress(self.folder.name, self.total, done=self.step, quiet=self.limits.quiet) as bar:
             while not self.done and not self._out_of_time():
                 if self.limits.fit and self.step == first + MEASURE_FROM:
                     measured = self._now()
@@ -164,19 +166,20 @@ class Stage:
                 group["lr"] = self.loop.lr * factor
 
 
-class Average:
+class Average(Generic[M]):
     """Exponential moving average of a model's weights, held in a frozen copy, ``model``."""
 
-    def __init__(self, trained: nn.Module, *, decay: float) -> None:
+    def __init__(self, trained: M, *, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
-        self._pairs = [list(self.model.parameters()), list(trained.parameters())]
+        self._own: list[Tensor] = list(self.model.parameters())
+        self._trained: list[Tensor] = list(trained.parameters())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes the trained weights in; early steps weigh more, as min(decay, (1 + step) / (10 + step))."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1 - decay)
+        torch._foreach_lerp_(self._own, self._trained, 1 - decay)
 
 
 def load_array(file: Path, device: torch.device) -> Tensor:
