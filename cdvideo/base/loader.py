@@ -23,7 +23,7 @@ HASHED_PARTS = ("unet", "text_encoder", "vae")
 
 @dataclass
 class Base:
-    """An image model with all that belongs to it, its modules in eval mode and frozen. ``resolution``: native pixels."""
+    """An image model with all that belongs to it, modules in eval mode and frozen. ``resolution``: native pixels."""
 
     name: str
     path: Path
