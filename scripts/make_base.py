@@ -4,6 +4,6 @@ import sys
 
 if __name__ == "__main__":  # imports too: the processes that render load this file, and need none of it
     from cdvideo.cli import run_main
-    from cdvideo.world.make_base import main
+    from cdvideo.world.main import main
 
     sys.exit(run_main(main))

@@ -8,6 +8,8 @@ from typing import Literal
 
 from cdvideo.config import check
 
+STAGES = ("sprites", "data", "vae", "text", "latents", "unet", "motion", "export")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,12 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.config import to_yaml
 from cdvideo.device import pick_device
 from cdvideo.errors import UserError
 from cdvideo.runs import atomic_path, require_writable
 from cdvideo.world.card import write_card
-from cdvideo.world.config import MakeBaseConfig
+from cdvideo.world.config import STAGES, MakeBaseConfig
 from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split
 from cdvideo.world.export import export_base
 from cdvideo.world.tokenizer import caption_words, tokenize_split, train_tokenizer
@@ -29,7 +26,6 @@ from cdvideo.world.train_unet import train_unet
 from cdvideo.world.train_vae import encode_world, train_vae
 from cdvideo.world.training import Limits
 
-STAGES = ("sprites", "data", "vae", "text", "latents", "unet", "motion", "export")
 TRAINED = {"vae": train_vae, "text": train_text, "unet": train_unet, "motion": train_motion}
 NEEDS = {
     "vae": ("{cache}/train/labels.jsonl",),
@@ -39,29 +35,6 @@ NEEDS = {
     "motion": ("{cache}/clips/latents.npy", "{cache}/clips/caption_ids.npy", "{out}/model/unet"),
     "export": ("{out}/model/unet", "{out}/model/motion", "{out}/model/vae", "{out}/model/text_encoder"),
 }
-
-
-def main(argv: Sequence[str]) -> None:
-    """The command line of scripts/make_base.py."""
-    start = time.perf_counter()
-    parser = ArgumentParser(description="Make the embedded base. Every stage goes on where it was interrupted.")
-    parser.add_argument("--stage", choices=[*STAGES, "scenes", "clips", "all"], default="all")
-    parser.add_argument("--minutes", type=float, metavar="M", help="most minutes that each training stage takes now")
-    parser.add_argument("--fit", action="store_true", help="end the training schedule with the minutes")
-    parser.add_argument("--sprites", type=Path, default=Path(".sprites"), metavar="FOLDER", help="the world's drawings")
-    parser.add_argument("--export", type=Path, default=Path("cdvideo/base/tiny"), metavar="FOLDER")
-    add_common_flags(parser, resume=False)
-    args = parser.parse_intermixed_args(argv)
-    config = config_from_flags(MakeBaseConfig, args)
-    if args.fit and args.minutes is None:
-        raise UserError("--fit without --minutes", allowed="--minutes M --fit", do="say how many minutes there are")
-    if args.minutes is not None and args.minutes <= 0:
-        raise UserError(f"--minutes {args.minutes}", allowed="a number above 0", do="give the stage some time")
-    limits = Limits(seconds=args.minutes and 60 * args.minutes, fit=args.fit, quiet=args.quiet)
-    stages = STAGES if args.stage == "all" else (args.stage,)
-    make_base(config, stages, limits=limits, sprites=args.sprites, export=args.export)
-    if not args.quiet:
-        print_usage_footer(start)
 
 
 def make_base(
