@@ -146,7 +146,8 @@ class Stage:
         print(f"{self.folder.name}: resumed at step {self.step} of {self.total}")
 
     def _out_of_time(self) -> bool:
-        return self.limits.seconds is not None and time.monotonic() - self._started > self.limits.seconds
+        allowance = 1.1 if self.limits.fit else 1.0  # a fitted schedule should reach its end, if need be a little late
+        return self.limits.seconds is not None and time.monotonic() - self._started > allowance * self.limits.seconds
 
     def _now(self) -> float:
         if self.generator.device.type == "cuda":
