@@ -1,0 +1,73 @@
+"""The command line of scripts/evaluate.py. No torch is imported before the settings are checked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
+from cdvideo.errors import UserError
+from cdvideo.evaluation.config import JudgeConfig
+from cdvideo.runs import require_writable
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one of the measuring commands.
+
+    Raises:
+        UserError: wrong settings, or something that is missing.
+    """
+    start = time.perf_counter()
+    parser = ArgumentParser(description="Measure the embedded base, and train the judge that does it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runners = {"train-judge": (_judge_parser(commands), _train_judge)}
+    if not argv or argv[0] not in runners:
+        parser.parse_args(argv)  # --help, or the list of commands with exit code 2
+        sys.exit(2)
+    subparser, run = runners[argv[0]]
+    args = subparser.parse_intermixed_args(argv[1:])  # settings may stand anywhere
+    run(args)
+    if not args.quiet:
+        print_usage_footer(start)
+
+
+def _judge_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
+    parser = commands.add_parser("train-judge", help="train the judge; goes on where it was interrupted")
+    parser.add_argument("--minutes", type=float, metavar="M", help="how long to train; the schedule ends with them")
+    parser.add_argument("--sprites", type=Path, default=Path(".sprites"), metavar="FOLDER", help="the world's drawings")
+    parser.add_argument("--vae", metavar="FOLDER", help="the base's VAE, for round trips")
+    add_common_flags(parser, resume=False)
+    return parser
+
+
+def _train_judge(args: Namespace) -> None:
+    config = config_from_flags(JudgeConfig, args)
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes}", allowed="a number above 0", do="give the training some time")
+    if config.vae is not None and not (config.vae / "config.json").is_file():
+        raise UserError(f"no VAE in {config.vae}", allowed="a folder with config.json", do="correct --vae")
+    require_writable(config.out)
+
+    import torch
+
+    from cdvideo.device import pick_device
+    from cdvideo.evaluation.judge_data import render
+    from cdvideo.evaluation.judge_model import HEADS
+    from cdvideo.evaluation.judge_training import train_judge
+    from cdvideo.world.training import Limits
+
+    device = pick_device(config.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    render(config, args.sprites)
+    seconds = None if args.minutes is None else 60 * args.minutes
+    facts = train_judge(config, device, Limits(seconds=seconds, fit=seconds is not None, quiet=args.quiet))
+    if not args.quiet:
+        for part in ("renders", "round_trip"):
+            if part in facts:
+                shares = ", ".join(f"{head} {100 * facts[part][head]['accuracy']:.2f} %" for head in HEADS)
+                print(f"{part} (n = {facts[part]['n']}): {shares}, all three {100 * facts[part]['all_three']:.2f} %")
+        print(f"wrote {config.out}")
