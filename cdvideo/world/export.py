@@ -15,6 +15,7 @@ from cdvideo.errors import UserError
 
 MAX_BYTES = 32 * 2**20
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion")
+TEXT_PREFIX = "text_model."  # as Stable Diffusion's own files have it, for readers older than transformers 5
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -32,6 +33,10 @@ MODEL_INDEX = {
 def export_base(model: Path, target: Path) -> None:
     """Writes ``model``'s parts into ``target`` as fp16; other files in ``target`` stay.
 
+    A model that lacks parts is exported without model_index.json, so that nothing takes it for a whole one: enough to
+    carry it to another machine, where training goes on from these weights (without optimizer state, with the average
+    of the weights in half precision in place of the weights).
+
     Raises:
         UserError: the folder would be larger than 32 MiB; ``target`` is left as it was.
     """
@@ -40,9 +45,18 @@ def export_base(model: Path, target: Path) -> None:
         new = Path(scratch) / "base"
         shutil.copytree(model, new)
         for file in new.rglob("*.safetensors"):
-            save_file({k: _half(v) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-        index = {"_diffusers_version": version("diffusers"), **MODEL_INDEX}
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            weights = {name: _half(tensor) for name, tensor in load_file(file).items()}
+            if file.parent.name == "text_encoder":
+                weights = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": t for name, t in weights.items()}
+            save_file(weights, file, metadata={"format": "pt"})
+        vae_config = new / "vae" / "config.json"
+        settings = json.loads(vae_config.read_text())
+        settings.pop("block_out_channels", None)  # AutoencoderTiny derives it, and warns where it finds it written
+        vae_config.write_text(json.dumps(settings, indent=2) + "\n")
+        missing = [part for part in PARTS if not (new / part).is_dir()]
+        if not missing:
+            index = {"_diffusers_version": version("diffusers"), **MODEL_INDEX}
+            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
         if size > MAX_BYTES:
             raise UserError(
@@ -56,7 +70,7 @@ def export_base(model: Path, target: Path) -> None:
             if old.is_dir():
                 shutil.rmtree(old)
             item.replace(old)
-    print(f"exported {size / 2**20:.2f} MiB to {target}")
+    print(f"exported {size / 2**20:.2f} MiB to {target}" + (f", without {', '.join(missing)}" if missing else ""))
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ NEEDS = {
     "latents": ("{cache}/clips/labels.jsonl", "{out}/model/vae"),
     "unet": ("{cache}/train/latents.npy", "{cache}/train/caption_ids.npy", "{out}/model/text_encoder"),
     "motion": ("{cache}/clips/latents.npy", "{cache}/clips/caption_ids.npy", "{out}/model/unet"),
-    "export": ("{out}/model/unet", "{out}/model/motion", "{out}/model/vae", "{out}/model/text_encoder"),
+    "export": ("{out}/model/vae", "{out}/model/training.json"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from cdvideo.base.loader import load_base
@@ -61,8 +63,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MakeBaseConfig
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     (file,) = folder.glob("*.safetensors")
     return load_file(file)
 
@@ -93,9 +93,12 @@ def test_exported_folder_loads_in_diffusers_and_here(made: tuple[Path, MakeBaseC
     frames = film("a red square", num_frames=4, num_inference_steps=2, output_type="np").frames[0]
     assert frames.shape == (4, SIZE, SIZE, 3)
 
+    assert all(key.startswith("text_model.") for key in weights(folder / "tiny" / "text_encoder"))
     base = load_base(str(folder / "tiny"), device=torch.device("cpu"))
     assert base.resolution == SIZE and base.scheduler_config["rescale_betas_zero_snr"]
     assert load_motion(folder / "tiny" / "motion", device=torch.device("cpu")).config.norm_mode == "diffusers"
+    own, same = base.text_encoder.state_dict(), weights(config.out / "model" / "text_encoder")
+    assert own.keys() == same.keys() and all(torch.equal(own[key], same[key].half().float()) for key in same)
     exported, trained = weights(folder / "tiny" / "unet"), weights(config.out / "model" / "unet")
     assert exported.keys() == trained.keys()
     assert all(torch.equal(exported[key], trained[key].half()) for key in trained)
@@ -104,8 +107,6 @@ def test_exported_folder_loads_in_diffusers_and_here(made: tuple[Path, MakeBaseC
 @pytest.mark.parametrize("stage", ["vae", "text", "unet", "motion"])
 def test_resumed_training_equals_uninterrupted(stage: str, made: tuple[Path, MakeBaseConfig], tmp_path: Path) -> None:
     folder, config = made
-    import shutil
-
     shutil.copytree(config.out / "model", tmp_path / "base" / "model")
     part = {"text": "text_encoder"}.get(stage, stage)
     shutil.rmtree(tmp_path / "base" / "model" / part)
@@ -152,6 +153,30 @@ def test_rendering_is_the_same_for_any_number_of_processes_and_resumes(tmp_path:
     assert not again[:128].any(), "a finished chunk was rendered again"
     assert np.array_equal(again[128:], np.load(alone / "pixels.npy")[128:])
     assert len(read_labels(together)) == 300
+
+
+def test_training_goes_on_from_an_exported_base(made: tuple[Path, MakeBaseConfig], tmp_path: Path) -> None:
+    folder, config = made
+    shutil.copytree(folder / "tiny", tmp_path / "base" / "model")
+    resumed = replace(config, out=tmp_path / "base")
+    make(resumed, ("unet",), tmp_path, Limits(seconds=0, quiet=True))
+    start, after = weights(folder / "tiny" / "unet"), weights(tmp_path / "base" / "model" / "unet")
+    assert all(torch.equal(start[key].float(), after[key]) for key in start)
+    make(resumed, ("export",), tmp_path)
+    for part in ("unet", "vae", "text_encoder", "motion"):
+        a, b = weights(folder / "tiny" / part), weights(tmp_path / "tiny" / part)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), part
+
+
+def test_an_unfinished_base_is_exported_as_such(
+    made: tuple[Path, MakeBaseConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, config = made
+    shutil.copytree(config.out / "model", tmp_path / "base" / "model")
+    shutil.rmtree(tmp_path / "base" / "model" / "motion")
+    make(replace(config, out=tmp_path / "base"), ("export",), tmp_path)
+    assert "without motion" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "unet").is_dir() and not (tmp_path / "tiny" / "model_index.json").exists()
 
 
 def test_all_world_words_become_single_tokens(made: tuple[Path, MakeBaseConfig]) -> None:
