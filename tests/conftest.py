@@ -67,6 +67,7 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_fo
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
     ).save_pretrained(folder / "scheduler")
     return folder

@@ -121,6 +121,7 @@ COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
     "animate.py": "--base --concept --format --fps --frames --guidance --motion --negative-prompt --num-videos "
     "--prompt --scheduler --steps --still",
+    "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",
     "evaluate.py train-judge": "--minutes --sprites --vae",
     "make_base.py": "--export --fit --minutes --sprites --stage",
     "train_concept.py": "--base --class-word --images --resume --steps --token",

@@ -15,6 +15,7 @@ CLASSES = {
     "animate": "cdvideo.sampling.config.AnimateConfig",
     "base": "cdvideo.world.config.MakeBaseConfig",
     "concept": "cdvideo.concept.config.ConceptConfig",
+    "evaluation": "cdvideo.evaluation.config.ReportConfig",
 }
 GIVEN = {"animate": ["prompt=a dog"]}  # what has no default
 FILES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.y*ml"))

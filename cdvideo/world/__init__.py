@@ -1,1 +1,1 @@
-"""The illustrated world that the embedded base learned from: its drawings, scenes and captions, and the base's training."""
+"""The illustrated world that the embedded base learned from: drawings, scenes, captions, and the base's training."""
