@@ -8,6 +8,7 @@ from typing import Literal
 
 from cdvideo.config import check
 from cdvideo.world.config import LoopConfig
+from cdvideo.world.heldout import HELDOUT_TRIPLES
 
 
 def _judge_loop() -> LoopConfig:
@@ -57,4 +58,60 @@ class JudgeConfig:
             (0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing}: must be 0 to below 1"),
             (0 <= self.vae_share <= 1, f"vae_share={self.vae_share}: must be 0 to 1"),
             (self.workers >= 0, f"workers={self.workers}: must be at least 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What is measured of a base, and on how much."""
+
+    seed: int = 1
+    """Of the choice of prompts, scenes and clips."""
+    base: str = "tiny"
+    """ "tiny" is the embedded base; or a folder in diffusers' layout with a folder `motion`."""
+    judge: Path | None = None
+    """The judge's folder; null is the one that ships."""
+    sprites: Path = Path(".sprites")
+    """The world's drawings, for real pictures and clips."""
+    out: Path = Path("runs/evaluation")
+    """Pictures made so far, the results and the page."""
+    json: Path | None = None
+    """Another place for the results as JSON, beside out/results.json."""
+    prompts: int = 300
+    """Triples that the base was trained on, and as many that were held out from it."""
+    seeds: int = 2
+    """Pictures for each prompt."""
+    films: int = 100
+    """Held-out triples that are filmed; 0 leaves films out."""
+    frames: int = 16
+    clips: int = 2
+    """Real clips of each filmed triple, to compare with."""
+    scenes: int = 1000
+    """Real stills of held-out triples, for the autoencoder and for checking the judge."""
+    speed_runs: int = 3
+    """Timed calls of animate.py on two cores; 0 leaves them out."""
+    steps: int = 25
+    guidance: float = 6.0
+    batch: int = 0
+    """Pictures drawn at once; 0 takes 16 on a CPU and 150 on a GPU."""
+    device: str = "auto"
+    dtype: str = "auto"
+    resume: bool = False
+    """Go on with the pictures that an interrupted call left in `out`."""
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        heldout = len(HELDOUT_TRIPLES)
+        check(
+            (self.seed >= 0, f"seed={self.seed}: must be at least 0"),
+            (1 <= self.prompts <= heldout, f"prompts={self.prompts}: must be from 1 to {heldout}, all held-out ones"),
+            (self.seeds >= 1, f"seeds={self.seeds}: must be at least 1"),
+            (0 <= self.films <= heldout, f"films={self.films}: must be from 0 to {heldout}, all held-out ones"),
+            (self.frames >= 2, f"frames={self.frames}: must be at least 2, since films are measured by their motion"),
+            (self.clips >= 1, f"clips={self.clips}: must be at least 1"),
+            (self.scenes >= 1, f"scenes={self.scenes}: must be at least 1"),
+            (self.speed_runs >= 0, f"speed_runs={self.speed_runs}: must be at least 0"),
+            (1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
+            (1 <= self.guidance <= 30, f"guidance={self.guidance:g}: must be from 1 (off) to 30"),
+            (self.batch >= 0, f"batch={self.batch}: must be at least 0"),
         )

@@ -21,6 +21,7 @@ from cdvideo.evaluation.judge_model import HEADS, Judge, label_indices, load_jud
 from cdvideo.evaluation.statistics import calibration_error, wilson
 from cdvideo.runs import atomic_path
 from cdvideo.world.dataset import read_labels
+from cdvideo.world.muon import make_optimizers
 from cdvideo.world.training import Average, Limits, Stage, autocast, load_array, to_pixels
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 Arrow: TypeAlias = Callable[[Tensor], Tensor]
 
 LATENT_NOISE = 0.15  # most noise on the latents of training round trips, in their standard deviations
-WEIGHT_DECAY = 0.02
 
 
 def train_judge(config: JudgeConfig, device: torch.device, limits: Limits) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def train_judge(config: JudgeConfig, device: torch.device, limits: Limits) -> di
     judge = Judge(widths=config.widths, blocks=config.blocks, side=config.side).to(device)
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(judge, decay=loop.ema)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=loop.lr, weight_decay=WEIGHT_DECAY)
+    optimizers = make_optimizers(judge, lr=loop.lr)
     models = {"judge": judge, "average": average.model}
-    stage = Stage(config.out, loop=loop, models=models, optimizers=[optimizer], generator=generator, limits=limits)
+    stage = Stage(config.out, loop=loop, models=models, optimizers=optimizers, generator=generator, limits=limits)
     vae = load_vae(config.vae, device)
     images_NHWC, figures_Nhw, labels_NH = load_stills(config.cache / "train", device)
 
@@ -68,8 +68,9 @@ def train_judge(config: JudgeConfig, device: torch.device, limits: Limits) -> di
         ]
         loss = torch.stack(losses).sum()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         average.update(step)
         copy_statistics(judge, average.model)
         right = {head: (logits[head].argmax(dim=1) == labels_BH[:, h]).float().mean() for h, head in enumerate(HEADS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
-from cdvideo.evaluation.config import JudgeConfig
+from cdvideo.evaluation.config import JudgeConfig, ReportConfig
 from cdvideo.runs import require_writable
 
 
@@ -23,7 +24,10 @@ def main(argv: Sequence[str]) -> None:
     start = time.perf_counter()
     parser = ArgumentParser(description="Measure the embedded base, and train the judge that does it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    runners = {"train-judge": (_judge_parser(commands), _train_judge)}
+    runners = {
+        "base": (_base_parser(commands), _measure_base),
+        "train-judge": (_judge_parser(commands), _train_judge),
+    }
     if not argv or argv[0] not in runners:
         parser.parse_args(argv)  # --help, or the list of commands with exit code 2
         sys.exit(2)
@@ -32,6 +36,43 @@ def main(argv: Sequence[str]) -> None:
     run(args)
     if not args.quiet:
         print_usage_footer(start)
+
+
+def _base_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
+    parser = commands.add_parser("base", help="measure the embedded base: results.json and a page with the pictures")
+    parser.add_argument("--base", metavar="NAME", help="tiny (the embedded one), or a folder in diffusers' layout")
+    parser.add_argument("--judge", metavar="FOLDER", help="the judge (the one that ships)")
+    parser.add_argument("--sprites", metavar="FOLDER", help="the world's drawings (.sprites)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    parser.add_argument("--prompts", type=int, metavar="N", help="trained-on triples, and as many held-out ones (300)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="pictures for each prompt (2)")
+    parser.add_argument("--films", type=int, metavar="N", help="films of held-out triples (100); 0 for none")
+    add_common_flags(parser)
+    return parser
+
+
+def _measure_base(args: Namespace) -> None:
+    config = config_from_flags(ReportConfig, args)
+    require_writable(config.out)
+    if importlib.util.find_spec("cv2") is None and config.films:
+        raise UserError(
+            "OpenCV is not installed, and films are measured by optical flow",
+            allowed="pip install 'cdvideo[eval]'",
+            do="install it, or leave films out with --films 0",
+        )
+
+    from cdvideo.evaluation.base_report import measure_base
+    from cdvideo.evaluation.page import write_report
+
+    report = measure_base(config)
+    page = write_report(report, config.out, also=config.json)
+    if not config.quiet:
+        for figure in report.figures:
+            verdict = {None: "", True: "reached", False: "NOT REACHED"}[figure.passed]
+            low, high = figure.interval or (figure.value, figure.value)
+            value = f"{figure.value:8.3f} {figure.unit:<6} [{low:.3f}, {high:.3f}]"
+            print(f"{figure.part}: {figure.name}: {value} n = {figure.n}  {figure.asked}  {verdict}")
+        print(f"wrote {page}")
 
 
 def _judge_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
