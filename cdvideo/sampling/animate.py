@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.runs import require_writable
+from cdvideo.sampling.allocator import keep_freed_memory
 from cdvideo.sampling.config import FORMATS, AnimateConfig
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
+    keep_freed_memory()
 
     from cdvideo.base.loader import load_base
     from cdvideo.device import pick_device, pick_dtype
