@@ -29,6 +29,7 @@ LUMINANCE = torch.tensor(
 )
 # ITU-T T.871: R, G, B to Y, Cb, Cr
 YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+RGB = torch.linalg.inv(YCBCR)
 
 
 def augment(pixels_BCHW: Tensor, figure_B1HW: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,13 +128,13 @@ def compress(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     quality = _uniform(pixels_BCHW, 20, 90, generator)
     scale = torch.where(quality < 50, 50 / quality, 2 - quality / 50).view(-1, 1, 1, 1, 1, 1)
     steps = (LUMINANCE.to(device).view(1, 1, 1, 8, 1, 8) * scale).clamp(min=1)
-    colours, cosine = YCBCR.to(device), cosine_matrix(8).to(device)
-    ycbcr_BCHW = torch.einsum("dc,bchw->bdhw", colours, pixels_BCHW * 127.5)
+    cosine = cosine_matrix(8).to(device)
+    ycbcr_BCHW = torch.einsum("dc,bchw->bdhw", YCBCR.to(device), pixels_BCHW * 127.5)
     blocks = ycbcr_BCHW.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))
     frequencies = torch.einsum("ui,vj,bcyixj->bcyuxv", cosine, cosine, blocks)
     frequencies = (frequencies / steps).round() * steps
     blocks = torch.einsum("ui,vj,bcyuxv->bcyixj", cosine, cosine, frequencies)
-    rgb_BCHW = torch.einsum("dc,bchw->bdhw", torch.linalg.inv(colours), blocks.flatten(4, 5).flatten(2, 3))
+    rgb_BCHW = torch.einsum("dc,bchw->bdhw", RGB.to(device), blocks.flatten(4, 5).flatten(2, 3))
     return (rgb_BCHW / 127.5).clamp(-1, 1)
 
 

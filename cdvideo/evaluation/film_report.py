@@ -17,6 +17,7 @@ from cdvideo.world.individuals import sample_individual
 from cdvideo.world.scenes import compose, render_clip
 
 SHOWN_FILMS = 8
+ALIKE_FLOW = (0.6, 1.6)  # of the real clips' flow
 RIGHT_FRAMES = 0.75  # of a film's frames must show all three: 12 of 16
 
 
@@ -42,17 +43,23 @@ def measure_films(bench: Bench, motion: MotionModules, report: Report) -> None:
     flow, consistency = [film.flow for film in drawn], [film.consistency for film in drawn]
     alike, unit = "subject consistency", f"pixels of {side} a frame"
     report.figures += [
-        ratio(flow, real_flow, part=part, name="flow magnitude against real clips", of=of, at_least=0.6, at_most=1.6),
+        ratio(
+            flow, real_flow, part=part, name="flow magnitude against real clips", of=of,
+            at_least=ALIKE_FLOW[0], at_most=ALIKE_FLOW[1],
+        ),
         mean(flow, part=part, name="flow magnitude", unit=unit, of=of),
         mean(real_flow, part=part, name="flow magnitude, real clips", unit=unit, of="filmed triples"),
         ratio(consistency, real_consistency, part=part, name=f"{alike} against real clips", of=of, at_least=0.95),
         mean(consistency, part=part, name=alike, unit="", of=of),
         mean(real_consistency, part=part, name=f"{alike}, real clips", unit="", of="filmed triples"),
     ]  # fmt: skip
+    settings = by_setting(asks, flow, real_flow)
     report.tables["Flow magnitude, by setting"] = {
-        setting: {"drawn": a, "real": b, "ratio": a / b, "films": n}
-        for setting, (a, b, n) in by_setting(asks, flow, real_flow).items()
+        setting: {"drawn": a, "real": b, "ratio": a / b, "films": n} for setting, (a, b, n) in settings.items()
     }
+    lively = np.array([ALIKE_FLOW[0] <= a / b <= ALIKE_FLOW[1] for a, b, _ in settings.values()])
+    name = f"settings whose flow is {ALIKE_FLOW[0]} to {ALIKE_FLOW[1]} x"
+    report.figures += [share(lively, part=part, name=name, of="settings")]
     report.films = [
         Shown(ask, film, seen.seen, seen.right)
         for ask, film, seen in zip(asks[:SHOWN_FILMS], films_BFHWC, drawn, strict=False)

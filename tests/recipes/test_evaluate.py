@@ -74,6 +74,7 @@ def test_the_report_has_every_figure_that_was_asked_for(
     assert figures["Three unknown words in the prompt", "points lost"]["n"] == 3
     assert figures["Films", "all three right in 3 of 3 frames"]["n"] == 2
     assert figures["Films", "flow magnitude against real clips"]["value"] > 0
+    assert figures["Films", "settings whose flow is 0.6 to 1.6 x"]["asked"] == ""
     assert 0 < figures["Films", "subject consistency"]["value"] <= 1
     assert len([figure for figure in results["figures"] if figure["passed"] is not None]) == 21
     assert sum(row["films"] for row in results["tables"]["Flow magnitude, by setting"].values()) == 2
