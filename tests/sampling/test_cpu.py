@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from cdvideo.sampling.cpu import wait_without_burning
+
 SCRIPT = """
 import torch
-from cdvideo.sampling.allocator import keep_freed_memory
+from cdvideo.sampling.cpu import keep_freed_memory
 
 def faults():
     import resource
@@ -35,3 +38,17 @@ def test_memory_is_mapped_once() -> None:
     before, after = map(int, done.stdout.split())
     assert before > 20 * 100, "without it, every allocation faults its pages in anew"
     assert after < before / 10
+
+
+def test_a_setting_from_outside_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    wait_without_burning()
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    wait_without_burning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+def test_no_torch_is_needed() -> None:
+    script = "import sys, cdvideo.sampling.cpu as cpu; cpu.prepare_cpu(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
