@@ -213,3 +213,18 @@ def test_keys_and_shapes_are_motion_adapters() -> None:
         assert tables
         for name in tables:
             assert torch.equal(MotionModules(config).state_dict()[name], fresh[name])
+
+
+@pytest.mark.parametrize("mid_block", [True, False], ids=["v2", "v3"])
+def test_stable_diffusion_sizes_have_the_keys_of_the_published_adapters(mid_block: bool) -> None:
+    """The shapes of AnimateDiff's motion modules for Stable Diffusion 1.5, without their memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        motion = MotionModules.for_unet(unet, use_motion_mid_block=mid_block)
+        adapter = MotionAdapter(use_motion_mid_block=mid_block)
+    assert motion.config == MotionConfig(use_motion_mid_block=mid_block)
+    VideoUNet(unet, motion)
+    ours = {name: tensor.shape for name, tensor in motion.state_dict().items()}
+    assert ours == {name: tensor.shape for name, tensor in adapter.state_dict().items()}
+    millions = sum(parameter.numel() for parameter in motion.parameters()) / 1e6
+    assert round(millions) == (453 if mid_block else 417)
