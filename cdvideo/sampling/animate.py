@@ -76,7 +76,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--frames", type=int, metavar="N", help="length of the film (16)")
     parser.add_argument("--fps", type=float, metavar="N", help="frames in a second (8)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the prompt; 1 is off (6)")
+    parser.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the prompt; 1 is off (5)")
     parser.add_argument("--scheduler", choices=["ddim", "dpm++"], help="the sampler (ddim)")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")

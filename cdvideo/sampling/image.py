@@ -24,7 +24,7 @@ def sample_images(
     concept: Concept | None = None,
     negative_prompt: str = "",
     steps: int = 25,
-    guidance: float = 6.0,
+    guidance: float = 5.0,
     scheduler: SamplerName = "ddim",
     width: int | None = None,
     height: int | None = None,

@@ -30,7 +30,7 @@ def sample_video(
     negative_prompt: str = "",
     frames: int = 16,
     steps: int = 25,
-    guidance: float = 6.0,
+    guidance: float = 5.0,
     scheduler: SamplerName = "ddim",
     width: int | None = None,
     height: int | None = None,
