@@ -26,8 +26,8 @@ class AnimateConfig:
     steps: int = 25
     """Denoising steps. More is finer and slower."""
     guidance: float = 5.0
-    """Scale of classifier-free guidance: higher follows the prompt more closely, 1 switches it off. On the embedded base
-    things worn get lost below 4, and colours run over above 7."""
+    """Scale of classifier-free guidance: higher follows the prompt more closely, 1 switches it off. On the embedded
+    base things worn get lost below 4, and colours run over above 7."""
     scheduler: Literal["ddim", "dpm++"] = "ddim"
     """The sampler: DDIM, or DPM-Solver++, which needs fewer steps."""
     seed: int = 0
