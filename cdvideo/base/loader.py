@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from cdvideo.base.latents import Vae
 from cdvideo.errors import UserError
@@ -40,7 +42,7 @@ class Base:
     def to(self, device: torch.device, dtype: torch.dtype) -> Base:
         """Move all modules, in place."""
         for module in (self.unet, self.vae, self.text_encoder):
-            module.to(device=device, dtype=dtype)
+            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own warns of every cast, with nothing to say
         self.device, self.dtype = device, dtype
         return self
 
@@ -69,9 +71,9 @@ def load_base(name: str = "tiny", *, device: torch.device, dtype: torch.dtype = 
         name=name,
         path=path,
         hash=weights_hash(path),
-        unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet"),
-        vae=vae_class.from_pretrained(path, subfolder="vae"),
-        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder"),
+        unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype),
+        vae=vae_class.from_pretrained(path, subfolder="vae", torch_dtype=dtype),
+        text_encoder=load_text_encoder(path / "text_encoder", dtype=dtype),
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
         scheduler_config=dict(DDIMScheduler.load_config(path, subfolder="scheduler")),
         resolution=0,
@@ -80,8 +82,19 @@ def load_base(name: str = "tiny", *, device: torch.device, dtype: torch.dtype = 
     )
     base.resolution = int(base.unet.config.sample_size) * 2 ** (len(base.vae.config.block_out_channels) - 1)
     for module in (base.unet, base.vae, base.text_encoder):
-        module.eval().requires_grad_(False)
-    return base.to(device, dtype)
+        module.to(device).eval().requires_grad_(False)
+    return base
+
+
+def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+    """A text encoder on the CPU, without the progress bar that transformers shows for every file."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return CLIPTextModel.from_pretrained(folder, dtype=dtype)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _find_base(name: str) -> Path:

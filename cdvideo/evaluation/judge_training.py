@@ -129,8 +129,8 @@ def load_vae(folder: Path | None, device: torch.device) -> AutoencoderTiny | Non
         return None
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(folder).to(device, torch.float32, memory_format=torch.channels_last)
-    return vae.eval().requires_grad_(False)
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
+    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def vae_arrows(vae: AutoencoderTiny, device: torch.device, dtype: str) -> tuple[Arrow, Arrow]:

@@ -49,10 +49,6 @@ def export_base(model: Path, target: Path) -> None:
             if file.parent.name == "text_encoder":
                 weights = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": t for name, t in weights.items()}
             save_file(weights, file, metadata={"format": "pt"})
-        vae_config = new / "vae" / "config.json"
-        settings = json.loads(vae_config.read_text())
-        settings.pop("block_out_channels", None)  # AutoencoderTiny derives it, and warns where it finds it written
-        vae_config.write_text(json.dumps(settings, indent=2) + "\n")
         missing = [part for part in PARTS if not (new / part).is_dir()]
         if not missing:
             index = {"_diffusers_version": version("diffusers"), **MODEL_INDEX}

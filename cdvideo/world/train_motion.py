@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from cdvideo.base.latents import decode_latents
+from cdvideo.base.loader import load_text_encoder
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.modules import MotionModules
@@ -44,7 +45,7 @@ def train_motion(config: MakeBaseConfig, device: torch.device, limits: Limits) -
     folder, loop = config.out / "motion", config.motion.loop
     model = config.out / "model"
     vae = AutoencoderTiny.from_pretrained(model / "vae").to(device)
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).eval().requires_grad_(False)
+    text_encoder = load_text_encoder(model / "text_encoder").to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     unet = UNet2DConditionModel.from_pretrained(model / "unet").to(device).eval().requires_grad_(False)
     if (

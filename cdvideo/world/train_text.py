@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cdvideo.base.loader import load_text_encoder
 from cdvideo.world.config import MakeBaseConfig, TextConfig
 from cdvideo.world.dataset import read_labels
 from cdvideo.world.muon import make_optimizers
@@ -124,7 +125,7 @@ def train_text(config: MakeBaseConfig, device: torch.device, limits: Limits) -> 
     images_NHWC = load_array(config.cache / "train" / "pixels.npy", device)
     ids_NKL = load_array(config.cache / "train" / "caption_ids.npy", device)
     earlier = config.out / "model" / "text_encoder"
-    text = CLIPTextModel.from_pretrained(earlier) if earlier.is_dir() else build_text_encoder(settings, tokenizer)
+    text = load_text_encoder(earlier) if earlier.is_dir() else build_text_encoder(settings, tokenizer)
     towers = Towers(text, ImageTower(settings.image_width, settings.width), classes)
     towers = towers.to(device).train()
     towers.image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

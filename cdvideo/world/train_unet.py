@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from cdvideo.base.latents import decode_latents
+from cdvideo.base.loader import load_text_encoder
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.world.config import MakeBaseConfig
 from cdvideo.world.denoising import (
@@ -45,7 +46,7 @@ def train_unet(config: MakeBaseConfig, device: torch.device, limits: Limits) -> 
     folder, settings, loop = config.out / "unet", config.unet, config.unet.loop
     model = config.out / "model"
     vae = AutoencoderTiny.from_pretrained(model / "vae").to(device)
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).eval().requires_grad_(False)
+    text_encoder = load_text_encoder(model / "text_encoder").to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     latents_NCHW = load_array(config.cache / "train" / "latents.npy", device)
     masks_NHW = load_array(config.cache / "train" / "masks.npy", device)

@@ -77,9 +77,17 @@ def train_vae(config: MakeBaseConfig, device: torch.device, limits: Limits) -> d
     vae = average.model
     scale = 1 / float(torch.cat([vae.encode(to_pixels(part)).latents for part in images_NHWC[:1024].split(64)]).std())
     vae.register_to_config(scaling_factor=round(scale, 5))
-    vae.save_pretrained(config.out / "model" / "vae")
+    save_vae(vae, config.out / "model" / "vae")
     psnr = mean_psnr(vae, heldout_NHWC)
     return {"steps": stage.step, "of": stage.total, "seconds": stage.seconds, "batch": loop.batch, "psnr_db": psnr}
+
+
+def save_vae(vae: AutoencoderTiny, folder: Path) -> None:
+    """Writes it without `block_out_channels`, which AutoencoderTiny derives and saves, but warns of when it is read."""
+    vae.save_pretrained(folder)
+    file = folder / "config.json"
+    settings = {name: value for name, value in json.loads(file.read_text()).items() if name != "block_out_channels"}
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def start_vae(config: MakeBaseConfig) -> AutoencoderTiny:

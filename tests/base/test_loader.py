@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,17 @@ from cdvideo.errors import UserError
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def libraries_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What diffusers and transformers say; they keep it from the root logger."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
 def test_a_folder_loads_frozen_in_eval_mode(tiny_base_folder: Path) -> None:
     base = load_base(str(tiny_base_folder), device=CPU, dtype=torch.bfloat16)
     assert base.resolution == 64 and base.path == tiny_base_folder
@@ -21,6 +35,24 @@ def test_a_folder_loads_frozen_in_eval_mode(tiny_base_folder: Path) -> None:
         assert not module.training
         assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
     assert base.to(CPU, torch.float32).unet.dtype == torch.float32 and base.dtype == torch.float32
+
+
+def test_loading_says_nothing(libraries_log: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    base = load_base("tiny", device=CPU, dtype=torch.bfloat16)
+    base.to(CPU, torch.float32)
+    assert {p.dtype for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters()} == {torch.float32}
+    assert (libraries_log.text, *capfd.readouterr()) == ("", "", "")
+
+
+def test_what_libraries_warn_of_still_comes_through(
+    tiny_base_folder: Path, tmp_path: Path, libraries_log: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "stray": 1}))
+    load_base(str(copy), device=CPU)
+    assert "'stray': 1" in libraries_log.text
 
 
 def test_the_hash_tells_weights_apart(tiny_base_folder: Path, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_every_stage_writes_its_part_and_its_facts(made: tuple[Path, MakeBaseCon
     card = (folder / "tiny" / "README.md").read_text()
     assert f"{facts['unet']['parameters']:,}" in card and str(facts["vae"]["psnr_db"]) in card
     assert "dog + headphones + surfing" in card
+    assert "block_out_channels" not in json.loads((folder / "tiny" / "vae" / "config.json").read_text())
 
 
 def test_exported_folder_loads_in_diffusers_and_here(made: tuple[Path, MakeBaseConfig]) -> None:
