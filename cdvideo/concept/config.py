@@ -85,9 +85,9 @@ class OptimConfig:
 
     batch_size: int = 4
     """Pictures in a step."""
-    lr: float = 2e-4
+    lr: float = 3e-4
     """Learning rate of K and V."""
-    token_lr: float = 1e-3
+    token_lr: float = 3e-3
     """Learning rate of the token's rows: a few numbers, which have to go further."""
     weight_decay: float = 0.01
     """Pulls the change of K and V towards zero, that is towards the base. The rows are never decayed."""
@@ -146,7 +146,7 @@ class ConceptConfig:
     """What kind of thing it is, in words that the base knows; several words are fine ("stuffed animal")."""
     base: str = "tiny"
     """The model to teach: "tiny" is the embedded one; else a folder in the diffusers layout, or a hub id."""
-    steps: int = 300
+    steps: int = 400
     """Optimizer steps."""
     seed: int = 0
     """The same seed gives the same concept on the same machine."""
