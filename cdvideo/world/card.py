@@ -36,15 +36,11 @@ package. See NOTICE. The weights are released under Apache-2.0.
 def write_card(config: MakeBaseConfig, folder: Path) -> None:
     """Writes ``folder``/README.md from ``folder``/training.json, the config and the held-out lists."""
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text())
-    data, bytes_all = facts["data"], sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    lines = [HEAD.format(resolution=config.resolution), "## Training\n"]
-    lines.append(
-        f"Data: {data['train']:,} stills and {data['clips']:,} clips of {config.data.frames} frames, each with "
-        f"{config.data.captions} captions, seed {data['seed']}; {data['heldout']:,} held-out stills for measuring. "
-        f"Weights in this folder: {bytes_all / 2**20:.1f} MiB in half precision.\n"
-    )
-    lines.append("| part | parameters | steps | batch | minutes | device |\n|---|---|---|---|---|---|")
     stages = [stage for stage in TITLES if stage in facts]
+    bytes_all = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    lines = [HEAD.format(resolution=config.resolution), "## Training\n"]
+    lines.append(f"{_data_line(facts)} Weights in this folder: {bytes_all / 2**20:.1f} MiB in half precision.\n")
+    lines.append("| part | parameters | steps | batch | minutes | device |\n|---|---|---|---|---|---|")
     for stage in stages:
         fact = facts[stage]
         lines.append(
@@ -52,7 +48,7 @@ def write_card(config: MakeBaseConfig, folder: Path) -> None:
             f"{fact['seconds'] / 60:.1f} | {fact['device']}, {fact['dtype']} |"
         )
     lines.append("\n## Figures\n\n| part | figure | value |\n|---|---|---|")
-    common = {"parameters", "steps", "of", "batch", "seconds", "device", "dtype"}
+    common = {"parameters", "steps", "of", "batch", "seconds", "device", "dtype", "data"}
     for stage in stages:
         lines += [f"| {TITLES[stage]} | {k} | {v} |" for k, v in facts[stage].items() if k not in common]
     lines.append("\n`psnr_db`: mean over the held-out stills, round trip, uint8. `retrieval_*`: caption to picture.")
@@ -64,3 +60,19 @@ def write_card(config: MakeBaseConfig, folder: Path) -> None:
     lines.append(f"Individuals, kept for studies of concepts: {', '.join(HELDOUT_INDIVIDUALS)}.\n")
     lines.append(f"{len(HELDOUT_TRIPLES)} triples of subject, thing and setting: {triples}.")
     (folder / "README.md").write_text("\n".join(lines) + "\n" + TAIL, encoding="utf-8")
+
+
+def _data_line(facts: dict[str, Any]) -> str:
+    """What each part was trained and measured on; parts that share their data are named together."""
+    parts: dict[str, list[str]] = {}
+    for stage in [stage for stage in TITLES if stage in facts]:
+        for split, made in facts[stage]["data"].items():
+            kind = {
+                "train": f"{made['count']:,} stills",
+                "heldout": f"{made['count']:,} held-out stills to measure on",
+                "clips": f"{made['count']:,} clips of {made.get('frames')} frames",
+            }[split]
+            text = f"{kind}, each with {made['captions']} captions, seed {made['seed']}"
+            parts.setdefault(text, []).append(TITLES[stage][0].lower() + TITLES[stage][1:])
+    groups = (f"{text} ({', '.join(titles)})" for text, titles in parts.items())
+    return f"Data: {'; '.join(groups)}."

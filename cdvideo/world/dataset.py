@@ -2,6 +2,7 @@
 
 Item i of a split depends on the seed, the split and i alone, so the result is the same for any number of processes.
 Work is cut into chunks; a chunk is done when its label file stands, so an interrupted rendering goes on where it was.
+What a split was rendered with stands beside it; other settings render it anew.
 Imports no torch, so that worker processes start fast.
 """
 
@@ -28,6 +29,8 @@ from cdvideo.world.sprites import Sprites, load_sprites
 Split = Literal["train", "heldout", "clips"]
 SPLITS: tuple[Split, ...] = ("train", "heldout", "clips")
 CHUNK = {"train": 128, "heldout": 128, "clips": 8}
+SETTINGS_FILE = "rendered.json"
+MADE_OF_PIXELS = ("labels*.jsonl", "caption_ids.npy", "latents.*")  # what is void once a split is rendered anew
 LATENT_CELL = 8  # pixels per latent: masks are kept at this scale, which is all that the loss reads
 
 
@@ -88,11 +91,18 @@ def render_split(
 ) -> None:
     """Render ``count`` items into ``folder``: pixels.npy (N, [F,] H, W, 3), masks.npy (N, H/8, W/8) and labels.jsonl.
 
-    Does nothing where labels.jsonl stands with that many lines. ``workers``: 0 takes all cores, 1 is this process.
+    Does nothing where they stand and were rendered with these settings. ``workers``: 0 takes all cores, 1 is this
+    process.
     """
-    if (folder / "labels.jsonl").exists() and sum(1 for _ in (folder / "labels.jsonl").open()) == count:
+    settings = {"seed": seed, "count": count, "captions": captions, "size": size}
+    settings |= {"frames": frames} if split == "clips" else {}
+    if not (folder / SETTINGS_FILE).exists() or rendered_with(folder) != settings:
+        for stale in [file for pattern in MADE_OF_PIXELS for file in folder.glob(pattern)]:
+            stale.unlink()
+        with atomic_path(folder / SETTINGS_FILE) as part:
+            part.write_text(json.dumps(settings) + "\n")
+    if (folder / "labels.jsonl").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     shape = (count, frames, size, size, 3) if split == "clips" else (count, size, size, 3)
     for name, want in (("pixels.npy", shape), ("masks.npy", (count, size // LATENT_CELL, size // LATENT_CELL))):
         if not (folder / name).exists() or np.load(folder / name, mmap_mode="r").shape != want:
@@ -153,6 +163,11 @@ def progress(name: str, total: int, *, done: int = 0, quiet: bool = False) -> tq
     """A progress bar with the time left; in a log file a line now and then."""
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=interval)
+
+
+def rendered_with(folder: Path) -> dict[str, int]:
+    """What a split was rendered with: seed, count, captions per item, size in pixels, and the frames of clips."""
+    return json.loads((folder / SETTINGS_FILE).read_text())
 
 
 def read_labels(folder: Path) -> list[dict[str, Any]]:

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTokenizer
 
+from cdvideo.base.loader import load_text_encoder
 from cdvideo.config import to_yaml
 from cdvideo.device import pick_device
 from cdvideo.errors import UserError
+from cdvideo.motion.files import load_motion
 from cdvideo.runs import atomic_path, require_writable
 from cdvideo.world.card import write_card
 from cdvideo.world.config import STAGES, MakeBaseConfig
-from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split
+from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split, rendered_with
 from cdvideo.world.export import export_base
 from cdvideo.world.tokenizer import caption_words, tokenize_split, train_tokenizer
 from cdvideo.world.train_motion import train_motion
@@ -27,13 +30,18 @@ from cdvideo.world.train_vae import encode_world, train_vae
 from cdvideo.world.training import Limits
 
 TRAINED = {"vae": train_vae, "text": train_text, "unet": train_unet, "motion": train_motion}
-NEEDS = {
-    "vae": ("{cache}/train/labels.jsonl",),
-    "text": ("{cache}/train/labels.jsonl", "{cache}/heldout/labels.jsonl"),
-    "latents": ("{cache}/clips/labels.jsonl", "{out}/model/vae"),
-    "unet": ("{cache}/train/latents.npy", "{cache}/train/caption_ids.npy", "{out}/model/text_encoder"),
-    "motion": ("{cache}/clips/latents.npy", "{cache}/clips/caption_ids.npy", "{out}/model/unet"),
-    "export": ("{out}/model/vae", "{out}/model/training.json"),
+DATA: dict[str, tuple[Split, ...]] = {  # what a stage reads of the rendered world
+    "vae": ("train", "heldout"),
+    "text": ("train", "heldout"),
+    "latents": SPLITS,
+    "unet": ("train",),
+    "motion": ("clips",),
+}
+PARTS = {  # what it reads of the model
+    "latents": ("vae",),
+    "unet": ("vae", "tokenizer", "text_encoder"),
+    "motion": ("vae", "tokenizer", "text_encoder", "unet"),
+    "export": ("vae", "training.json"),
 }
 
 
@@ -73,12 +81,14 @@ def make_base(
                 make_tokenizer(config, sprites)
             if stage in ("unet", "motion"):
                 tokenize_world(config, sprites)
-            record(config, stage, TRAINED[stage](config, device, limits), device)
+            data = {split: rendered_with(config.cache / split) for split in DATA[stage]}
+            record(config, stage, {**TRAINED[stage](config, device, limits), "data": data}, device)
 
 
 def _require(stage: str, config: MakeBaseConfig) -> None:
-    for template in NEEDS.get(stage, ()):
-        path = Path(template.format(cache=config.cache, out=config.out))
+    files = ("labels.jsonl", "latents.npy") if stage in ("unet", "motion") else ("labels.jsonl",)
+    paths = [config.cache / split / file for split in DATA.get(stage, ()) for file in files]
+    for path in (*paths, *(config.out / "model" / part for part in PARTS.get(stage, ()))):
         if not path.exists():
             raise UserError(
                 f"stage {stage!r} needs {path}, which is not there",
@@ -144,23 +154,17 @@ def common_words(sprites: Path) -> list[str]:
 def record(config: MakeBaseConfig, stage: str, facts: dict[str, Any], device: torch.device) -> None:
     """Keeps what was measured, for the model card: model/training.json, one entry per stage."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    folder = config.out / "model" / {"text": "text_encoder"}.get(stage, stage)
-    kinds: dict[str, Any] = {"vae": AutoencoderTiny, "text": CLIPTextModel, "unet": UNet2DConditionModel}
-    if stage in kinds:
-        parameters = sum(p.numel() for p in kinds[stage].from_pretrained(folder).parameters())
-    else:
-        from cdvideo.motion.files import load_motion
-
-        parameters = sum(p.numel() for p in load_motion(folder, device=torch.device("cpu")).parameters())
-    file = config.out / "model" / "training.json"
+    model = config.out / "model"
+    trained: nn.Module = {
+        "vae": lambda: AutoencoderTiny.from_pretrained(model / "vae"),
+        "text": lambda: load_text_encoder(model / "text_encoder"),
+        "unet": lambda: UNet2DConditionModel.from_pretrained(model / "unet"),
+        "motion": lambda: load_motion(model / "motion", device=torch.device("cpu")),
+    }[stage]()
+    parameters = sum(p.numel() for p in trained.parameters())
+    file = model / "training.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     known[stage] = {**facts, "parameters": parameters, "device": name, "dtype": config.dtype}
-    counts: dict[str, int] = {split: _count(config.cache / split) for split in SPLITS}
-    known["data"] = {"seed": config.seed, **counts}
     with atomic_path(file) as part:
         part.write_text(json.dumps(known, indent=2) + "\n")
     print(f"{stage}: {json.dumps(known[stage])}")
-
-
-def _count(folder: Path) -> int:
-    return len(read_labels(folder)) if (folder / "labels.jsonl").exists() else 0

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from cdvideo.base.loader import load_base
+from cdvideo.base.loader import load_base, weights_hash
 from cdvideo.config import load_config
 from cdvideo.errors import UserError
 from cdvideo.motion.files import load_motion
@@ -33,12 +33,14 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 class SquareWorld:
     """A coloured square on grey; in a clip it walks to the right."""
 
+    size: int = SIZE
+
     def item(self, rng: np.random.Generator, split: Split, *, frames: int, captions: int) -> Item:
         colour = str(rng.choice(list(COLOURS)))
-        top, left = rng.integers(0, SIZE // 2, size=2)
+        top, left = rng.integers(0, self.size // 2, size=2)
         count = frames if split == "clips" else 1
-        pictures = np.full((count, SIZE, SIZE, 3), 128, dtype=np.uint8)
-        mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+        pictures = np.full((count, self.size, self.size, 3), 128, dtype=np.uint8)
+        mask = np.zeros((self.size, self.size), dtype=np.uint8)
         for index in range(count):
             pictures[index, top : top + 24, left + index : left + index + 24] = COLOURS[colour]
         mask[top : top + 24, left : left + 24] = 255
@@ -70,15 +72,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_every_stage_writes_its_part_and_its_facts(made: tuple[Path, MakeBaseConfig]) -> None:
     folder, config = made
     facts = json.loads((folder / "tiny" / "training.json").read_text())
-    assert {"vae", "text", "unet", "motion", "data"} == facts.keys()
+    assert {"vae", "text", "unet", "motion"} == facts.keys()
     assert all(facts[stage]["steps"] == 3 for stage in ("vae", "text", "unet", "motion"))
-    assert facts["data"]["train"] == config.data.scenes
+    stills = {"seed": 0, "count": config.data.scenes, "captions": 2, "size": SIZE}
+    assert facts["unet"]["data"] == {"train": stills}
+    assert facts["vae"]["data"] == {"train": stills, "heldout": {**stills, "count": config.data.heldout_scenes}}
+    assert facts["motion"]["data"] == {"clips": {**stills, "count": config.data.clips, "frames": 4}}
     for stage in ("vae", "unet", "motion"):
         assert list((config.out / stage / "samples").glob("*.png")), stage
         assert (config.out / stage / "metrics.jsonl").read_text().count("\n") == 3
     card = (folder / "tiny" / "README.md").read_text()
     assert f"{facts['unet']['parameters']:,}" in card and str(facts["vae"]["psnr_db"]) in card
     assert "dog + headphones + surfing" in card
+    assert "48 stills, each with 2 captions, seed 0 (autoencoder, text encoder, image UNet)" in card
+    assert "4 clips of 4 frames, each with 2 captions, seed 0 (motion modules)" in card
     assert "block_out_channels" not in json.loads((folder / "tiny" / "vae" / "config.json").read_text())
 
 
@@ -97,12 +104,15 @@ def test_exported_folder_loads_in_diffusers_and_here(made: tuple[Path, MakeBaseC
     assert all(key.startswith("text_model.") for key in weights(folder / "tiny" / "text_encoder"))
     base = load_base(str(folder / "tiny"), device=torch.device("cpu"))
     assert base.resolution == SIZE and base.scheduler_config["rescale_betas_zero_snr"]
-    assert load_motion(folder / "tiny" / "motion", device=torch.device("cpu")).config.norm_mode == "diffusers"
+    motion = load_motion(folder / "tiny" / "motion", device=torch.device("cpu")).config
+    assert (motion.norm_mode, motion.trained_for) == ("diffusers", base.hash)
     own, same = base.text_encoder.state_dict(), weights(config.out / "model" / "text_encoder")
     assert own.keys() == same.keys() and all(torch.equal(own[key], same[key].half().float()) for key in same)
     exported, trained = weights(folder / "tiny" / "unet"), weights(config.out / "model" / "unet")
     assert exported.keys() == trained.keys()
     assert all(torch.equal(exported[key], trained[key].half()) for key in trained)
+    modes = {file.stat().st_mode for file in (folder / "tiny").rglob("*") if file.is_file()}
+    assert len(modes) == 1, "weights may be read by whom the rest may be read"
 
 
 @pytest.mark.parametrize("stage", ["vae", "text", "unet", "motion"])
@@ -156,6 +166,63 @@ def test_rendering_is_the_same_for_any_number_of_processes_and_resumes(tmp_path:
     assert len(read_labels(together)) == 300
 
 
+@pytest.mark.parametrize("change", [{"seed": 4}, {"size": 32}, {"captions": 1}, {"count": 3}, {"frames": 3}])
+def test_other_settings_render_anew_and_the_same_do_not(tmp_path: Path, change: dict[str, int]) -> None:
+    def render_with(**settings: int) -> str:
+        render_split(SquareWorld(settings["size"]), tmp_path, "clips", workers=1, **settings)
+        return (tmp_path / "labels.jsonl").read_text()
+
+    settings = {"count": 4, "size": SIZE, "frames": 4, "captions": 2, "seed": 3}
+    first = render_with(**settings)
+    for file in ("caption_ids.npy", "latents.npy"):
+        (tmp_path / file).touch()
+    (tmp_path / "labels.jsonl").write_text("kept")
+    assert render_with(**settings) == "kept"
+    second = render_with(**settings | change)
+    assert second != "kept" and (second == first) == (change.keys() <= {"size", "frames"})
+    made = settings | change
+    shape = (made["count"], made["frames"], made["size"], made["size"], 3)
+    assert np.load(tmp_path / "pixels.npy").shape == shape
+    assert not (tmp_path / "caption_ids.npy").exists() and not (tmp_path / "latents.npy").exists()
+
+
+def test_frames_of_clips_are_nothing_to_stills(tmp_path: Path) -> None:
+    for frames in (1, 4):
+        render_split(SquareWorld(), tmp_path, "train", 2, size=SIZE, frames=frames, captions=2, seed=3, workers=1)
+        if frames == 1:
+            (tmp_path / "labels.jsonl").write_text("kept")
+    assert (tmp_path / "labels.jsonl").read_text() == "kept"
+
+
+def test_motion_trains_on_a_machine_that_has_the_model_and_the_clips(
+    made: tuple[Path, MakeBaseConfig], tmp_path: Path
+) -> None:
+    _, config = made
+    shutil.copytree(config.out / "model", tmp_path / "base" / "model", ignore=shutil.ignore_patterns("motion"))
+    shutil.copytree(config.cache / "clips", tmp_path / "world" / "clips")
+    (tmp_path / "world" / "clips" / "caption_ids.npy").unlink()
+    alone = replace(config, out=tmp_path / "base", cache=tmp_path / "world")
+    make(alone, ("motion",), tmp_path, Limits(seconds=0, quiet=True))
+    assert (tmp_path / "base" / "model" / "motion").is_dir()
+    shutil.rmtree(tmp_path / "base" / "model" / "tokenizer")
+    with pytest.raises(UserError, match="stage 'motion' needs .*tokenizer"):
+        make(alone, ("motion",), tmp_path)
+
+
+def test_motion_modules_of_an_earlier_unet_do_not_pass_for_this_ones(
+    made: tuple[Path, MakeBaseConfig], tmp_path: Path
+) -> None:
+    folder, config = made
+    shutil.copytree(config.out / "model", tmp_path / "base" / "model")
+    (file,) = (tmp_path / "base" / "model" / "unet").glob("*.safetensors")
+    changed = load_file(file)
+    changed["conv_in.bias"] += 1
+    save_file(changed, file, metadata={"format": "pt"})
+    make(replace(config, out=tmp_path / "base"), ("export",), tmp_path)
+    trained_for = load_motion(tmp_path / "tiny" / "motion", device=torch.device("cpu")).config.trained_for
+    assert trained_for == weights_hash(config.out / "model") != weights_hash(tmp_path / "tiny")
+
+
 def test_training_goes_on_from_an_exported_base(made: tuple[Path, MakeBaseConfig], tmp_path: Path) -> None:
     folder, config = made
     shutil.copytree(folder / "tiny", tmp_path / "base" / "model")
@@ -164,6 +231,9 @@ def test_training_goes_on_from_an_exported_base(made: tuple[Path, MakeBaseConfig
     start, after = weights(folder / "tiny" / "unet"), weights(tmp_path / "base" / "model" / "unet")
     assert all(torch.equal(start[key].float(), after[key]) for key in start)
     make(resumed, ("export",), tmp_path)
+    assert load_motion(tmp_path / "tiny" / "motion", device=torch.device("cpu")).config.trained_for == weights_hash(
+        tmp_path / "tiny"
+    )
     for part in ("unet", "vae", "text_encoder", "motion"):
         a, b = weights(folder / "tiny" / part), weights(tmp_path / "tiny" / part)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), part
