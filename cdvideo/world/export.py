@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from cdvideo.base.loader import weights_hash
 from cdvideo.errors import UserError
 
 MAX_BYTES = 32 * 2**20
@@ -48,11 +49,13 @@ def export_base(model: Path, target: Path) -> None:
             weights = {name: _half(tensor) for name, tensor in load_file(file).items()}
             if file.parent.name == "text_encoder":
                 weights = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": t for name, t in weights.items()}
-            save_file(weights, file, metadata={"format": "pt"})
+            file.unlink()  # for a file as the umask has it: save_file's may be read by their owner alone
+            file.write_bytes(save(weights, metadata={"format": "pt"}))
         missing = [part for part in PARTS if not (new / part).is_dir()]
         if not missing:
             index = {"_diffusers_version": version("diffusers"), **MODEL_INDEX}
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            _name_base_of_motion(model, new)
         size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
         if size > MAX_BYTES:
             raise UserError(
@@ -71,3 +74,12 @@ def export_base(model: Path, target: Path) -> None:
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.half() if tensor.is_floating_point() else tensor
+
+
+def _name_base_of_motion(model: Path, new: Path) -> None:
+    """Motion modules that were trained for ``model`` as it stands are told to belong to it in half precision."""
+    file = new / "motion" / "config.json"
+    config = json.loads(file.read_text())
+    if config["_trained_for"] == weights_hash(model):
+        config["_trained_for"] = weights_hash(new)
+        file.write_text(json.dumps(config, indent=2) + "\n")

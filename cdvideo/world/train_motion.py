@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from cdvideo.base.latents import decode_latents
-from cdvideo.base.loader import load_text_encoder
+from cdvideo.base.loader import load_text_encoder, weights_hash
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.modules import MotionModules
@@ -108,5 +109,6 @@ def train_motion(config: MakeBaseConfig, device: torch.device, limits: Limits) -
             frames_BCHW = decode_latents(vae, films_BFCHW[:, ::2].flatten(0, 1))
             save_grid(frames_BCHW, folder / "samples" / f"{step + 1:06d}.png", columns=-(-shape[0] // 2))
 
+    average.model.config = replace(average.model.config, trained_for=weights_hash(model))
     save_motion(average.model, model / "motion")
     return {"steps": stage.step, "of": stage.total, "seconds": stage.seconds, "batch": loop.batch}
