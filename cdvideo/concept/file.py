@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.base.loader import TINY_BASE, Base
@@ -114,12 +114,17 @@ def save_concept(concept: Concept, path: Path) -> None:
             do="train again with a lower optim.lr",
         )
     metadata = {"concept": json.dumps(dataclasses.asdict(concept.metadata), ensure_ascii=False, sort_keys=True)}
+    # Not save_file: what it writes may be read by its owner alone, whatever the umask allows.
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata=metadata)
     with atomic_path(path) as part:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        part.write_bytes(content)
 
 
-def load_concept(path: Path, *, base: Base | None = None) -> Concept:
+def load_concept(path: Path, *, base: Base | None = None, report: Callable[[str], object] = logger.info) -> Concept:
     """Reads a concept file; with a base, checks that the concept fits it and puts the tensors on its device.
+
+    Args:
+        report: Is told in a line how many tensors found their place in the base.
 
     Raises:
         UserError: For a file that is missing, truncated or no concept file; for a concept without tensors, or one whose
@@ -139,7 +144,7 @@ def load_concept(path: Path, *, base: Base | None = None) -> Concept:
             do="train the concept again",
         )
     if base is not None:
-        _check_fit(path, concept, base)
+        _check_fit(path, concept, base, report)
     return concept
 
 
@@ -206,7 +211,7 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
     return ConceptMetadata(**header)
 
 
-def _check_fit(path: Path, concept: Concept, base: Base) -> None:
+def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str], object]) -> None:
     """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
     projections = kv_projections(base.unet)
     places = {name: tuple(linear.weight.shape) for name, linear in projections.items()}
@@ -220,7 +225,8 @@ def _check_fit(path: Path, concept: Concept, base: Base) -> None:
             allowed=f"a concept trained on this base; this one was trained on {concept.metadata.base_name!r}",
             do=f"use --base {concept.metadata.base_name}, or train the concept on {base.name!r}",
         )
-    logger.info("%s: matched %d/%d tensors", path, count, count)
+    phrases = ", ".join(f'"{token} {word}"' for token, word in concept.metadata.class_words.items())
+    report(f"concept {path}: {phrases}, matched {count - len(unfit)}/{count}")
     if concept.metadata.base_hash != base.hash:
         logger.warning(
             "%s was trained on %r with other weights than base %r: it may come out weaker or not at all",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.errors import UserError
@@ -39,7 +39,7 @@ class TrainState:
         tensors["generator"] = self.generator.get_state()
         metadata = {"step": step, "settings": dict(self.settings), "scaler": self.scaler.state_dict()}
         with atomic_path(path) as part:
-            save_file(tensors, part, metadata={"state": json.dumps(metadata)})
+            part.write_bytes(save(tensors, metadata={"state": json.dumps(metadata)}))
 
     def load(self, path: Path) -> int:
         """Puts everything back as it was saved; returns the number of steps done.

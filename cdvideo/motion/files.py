@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdvideo.errors import UserError
 from cdvideo.motion.config import MotionConfig, NormMode
 from cdvideo.motion.modules import MotionModules
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -31,7 +35,8 @@ def save_motion(motion: MotionModules, folder: Path) -> None:
     for name, value in asdict(motion.config).items():
         config[f"_{name}" if name in _OWN_FIELDS else name] = value
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in motion.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Not save_file: what it writes may be read by its owner alone, whatever the umask allows.
+    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -41,12 +46,14 @@ def load_motion(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     norm_mode: NormMode | None = None,
+    report: Callable[[str], object] = logger.info,
 ) -> MotionModules:
     """Reads a MotionAdapter folder, ours or diffusers'; every key of the file must find its place and none may be left.
 
     Args:
         norm_mode: overrides what the folder says; a folder that says nothing holds an AnimateDiff checkpoint, and gets
             "original".
+        report: is told in a line how many tensors of the file found their place.
 
     Returns:
         Motion modules in eval mode that ask for no gradient.
@@ -59,7 +66,8 @@ def load_motion(
         config = replace(config, norm_mode=norm_mode)
     weights = _read_weights(folder)
     motion = MotionModules(config)
-    _check_weights(weights, motion, folder)
+    matched = _check_weights(weights, motion, folder)
+    report(f"motion {folder}: matched {matched}/{len(weights)}")
     # The position tables are constants: where a file does not store them, the computed ones stay.
     motion.load_state_dict({**motion.state_dict(), **weights})
     return motion.to(device, dtype).eval().requires_grad_(False)
@@ -108,7 +116,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_weights(weights: dict[str, Tensor], motion: MotionModules, folder: Path) -> None:
+def _check_weights(weights: dict[str, Tensor], motion: MotionModules, folder: Path) -> int:
+    """How many tensors have their place; all of the file's, or it raises UserError."""
     wanted = {name: tensor.shape for name, tensor in motion.state_dict().items()}
     matched = {name for name, tensor in weights.items() if wanted.get(name) == tensor.shape}
     missing = [name for name in wanted if name not in matched and not name.endswith("pos_embed.pe")]
@@ -121,3 +130,4 @@ def _check_weights(weights: dict[str, Tensor], motion: MotionModules, folder: Pa
             allowed="weights that fit the folder's config.json key by key",
             do="check that config.json and the weights belong together",
         )
+    return len(matched)

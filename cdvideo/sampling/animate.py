@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +100,18 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
     path = find_concept(config.prompt, RUNS) if config.concept == "auto" else Path(config.concept).expanduser()
     if path is None:
         return None, None
-    concept = load_concept(path, base=base)
+    if path == SAMPLE_CONCEPT:
+        print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
+    concept = load_concept(path, base=base, report=_report(config))
     if not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)
         logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
-    if path == SAMPLE_CONCEPT:
-        print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-        return concept, "sample concept"
-    if not config.quiet:
-        print(f"concept: {path}")
-    return concept, path.parent.name
+    return concept, "sample concept" if path == SAMPLE_CONCEPT else path.parent.name
+
+
+def _report(config: AnimateConfig) -> Callable[[str], object]:
+    """Where to say what was loaded."""
+    return logger.info if config.quiet else print
 
 
 def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
@@ -122,7 +124,7 @@ def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
             allowed="a base with a folder `motion`, or a folder of motion modules",
             do="name motion modules that fit this base with --motion, or ask for a picture with --still",
         )
-    motion = load_motion(folder, device=base.device, dtype=base.dtype)
+    motion = load_motion(folder, device=base.device, dtype=base.dtype, report=_report(config))
     trained_for = motion.config.trained_for
     if trained_for is not None and trained_for != base.hash:
         logger.warning("the motion modules in %s were trained for a base with other weights", folder.name)

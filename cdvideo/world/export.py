@@ -49,7 +49,7 @@ def export_base(model: Path, target: Path) -> None:
             weights = {name: _half(tensor) for name, tensor in load_file(file).items()}
             if file.parent.name == "text_encoder":
                 weights = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": t for name, t in weights.items()}
-            file.unlink()  # for a file as the umask has it: save_file's may be read by their owner alone
+            file.unlink()  # for a new one as the umask has it: save_file's may be read by their owner alone
             file.write_bytes(save(weights, metadata={"format": "pt"}))
         missing = [part for part in PARTS if not (new / part).is_dir()]
         if not missing:

@@ -81,13 +81,19 @@ def test_values_that_are_not_finite_are_never_written(tmp_path: Path, concept: C
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_concept_may_be_read_by_whom_any_new_file_may_be(tmp_path: Path, concept: Concept) -> None:
+    save_concept(concept, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_loading_reports_the_match(
     tmp_path: Path, concept: Concept, tiny_base: Base, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_concept(concept, tmp_path / "a.safetensors")
     with caplog.at_level(logging.INFO, logger="cdvideo"):
         load_concept(tmp_path / "a.safetensors", base=tiny_base)
-    assert "matched 9/9 tensors" in caplog.text
+    assert f'concept {tmp_path / "a.safetensors"}: "sks dog", matched 9/9' in caplog.messages
     caplog.clear()
     tiny_base.hash = "0" * 16
     load_concept(tmp_path / "a.safetensors", base=tiny_base)

@@ -9,7 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from cdvideo.errors import UserError
 from cdvideo.evaluation.config import JudgeConfig
-from cdvideo.evaluation.judge_model import CLASSES, HEADS, MAX_BYTES, Judge, label_indices, load_judge, save_judge
+from cdvideo.evaluation.judge_model import (
+    CLASSES,
+    HEADS,
+    MAX_BYTES,
+    WEIGHTS_FILE,
+    Judge,
+    label_indices,
+    load_judge,
+    save_judge,
+)
 
 CPU = torch.device("cpu")
 
@@ -70,6 +79,8 @@ def test_the_judge_of_the_default_sizes_may_ship(tmp_path: Path) -> None:
     judge = Judge(widths=config.widths, blocks=config.blocks, side=config.side)
     assert 1_200_000 <= sum(p.numel() for p in judge.parameters()) <= 1_520_000
     assert save_judge(judge, tmp_path).stat().st_size <= MAX_BYTES
+    (tmp_path / "plain").touch()
+    assert (tmp_path / WEIGHTS_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_no_judge_in_a_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers import MotionAdapter
 from safetensors.torch import load_file, save_file
 
+from cdvideo.base.loader import TINY_BASE, weights_hash
 from cdvideo.errors import UserError
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.files import load_motion, save_motion
@@ -49,6 +50,19 @@ def test_save_then_load_is_bit_equal(tmp_path: Path) -> None:
     assert_same_weights(loaded, motion)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert len({file.stat().st_mode for file in (tmp_path / "motion").iterdir()}) == 1
+
+
+def test_loading_reports_the_match(tmp_path: Path) -> None:
+    save_motion(make_motion(), tmp_path)
+    said: list[str] = []
+    load_motion(tmp_path, device=CPU, report=said.append)
+    count = len(load_file(tmp_path / WEIGHTS))
+    assert said == [f"motion {tmp_path}: matched {count}/{count}"]
+
+
+def test_embedded_motion_modules_name_the_embedded_base() -> None:
+    assert load_motion(TINY_BASE / "motion", device=CPU).config.trained_for == weights_hash(TINY_BASE)
 
 
 def test_diffusers_loads_ours_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def test_one_line_makes_a_film(base_folder: Path, workplace: Path, capsys: pytes
     said = capsys.readouterr().out
     assert f"{stem}.mp4" in said and f"{stem}.gif" in said
     assert "peak memory" in said
+    assert re.search(rf"^motion {re.escape(str(base_folder))}/motion: matched (\d+)/\1$", said, re.MULTILINE)
 
 
 def test_film_is_what_the_sampler_makes(base_folder: Path, workplace: Path) -> None:
@@ -156,7 +158,7 @@ def test_the_newest_concept_whose_token_stands_in_the_prompt(
         save_tiny_concept(base_folder, path, token)
         os.utime(path, (1e9 - age, 1e9 - age))
     assert call(base_folder, "--still") == 0
-    assert "runs/new/concept.safetensors" in capsys.readouterr().out
+    assert 'concept runs/new/concept.safetensors: "sks dog", matched 9/9\n' in capsys.readouterr().out
     films = workplace / "runs" / "films"
     assert json.loads((films / "a-sks-dog-surfing-0.json").read_text())["concept"] == "new"
 
