@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cdvideo.config import load_config
+from cdvideo.cpu import prepare_cpu
 from cdvideo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     Returns:
         0 done, 1 failure (with its traceback), 2 bad input or config, 130 interrupted.
     """
+    prepare_cpu()  # before any main imports torch
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

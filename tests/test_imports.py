@@ -22,7 +22,8 @@ SAMPLING = TOOLS | {"base", "concept", "motion", "sampling"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "cli": GROUND,
+    "cpu": set(),
+    "cli": GROUND | {"cpu"},
     "runs": GROUND,
     "device": GROUND,
     "media": GROUND | {"runs"},

@@ -15,7 +15,6 @@ from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
-from cdvideo.sampling.cpu import prepare_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +40,6 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
-    prepare_cpu()
 
     from cdvideo.base.loader import load_base
     from cdvideo.device import pick_device, pick_dtype

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from cdvideo.sampling.cpu import wait_without_burning
+from cdvideo.cpu import wait_without_burning
 
 SCRIPT = """
 import torch
-from cdvideo.sampling.cpu import keep_freed_memory
+from cdvideo.cpu import keep_freed_memory
 
 def faults():
     import resource
@@ -49,6 +49,12 @@ def test_a_setting_from_outside_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
-def test_no_torch_is_needed() -> None:
-    script = "import sys, cdvideo.sampling.cpu as cpu; cpu.prepare_cpu(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_every_script_sets_it_before_torch_is_loaded() -> None:
+    script = """
+import os, sys
+from cdvideo.cli import run_main
+print(run_main(lambda _: print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules), []))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["10000", "False", "0"]
