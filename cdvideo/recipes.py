@@ -18,7 +18,7 @@ from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
 from cdvideo.config import to_yaml
 from cdvideo.errors import UserError
 from cdvideo.media.images import read_pictures
-from cdvideo.runs import Run, create_run
+from cdvideo.runs import Run, create_run, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def train_concept_main(argv: Sequence[str]) -> None:
             raise UserError(
                 "--resume with --config", allowed="one of both", do="leave --config out: the run has its own"
             )
-        run = _create_run(config, resume=True)
+        run = open_run(config.out) if config.out else _create_run(config, resume=True)
         args.config = run.folder / "config.yaml"
         config = config_from_flags(ConceptConfig, args)
     pictures = read_pictures(config.images or SAMPLE_PICTURES)

@@ -62,7 +62,7 @@ def create_run(parent: Path, name: str, *, resume: bool = False) -> Run:
         parent: Where runs are kept, for instance `runs/`; made where it is missing.
         name: The run's name. Where parent/name holds something already, the new folder is parent/name-2, then name-3,
             ..., so that earlier results stay whole.
-        resume: Take the newest existing folder of that name instead of making one.
+        resume: Take the newest existing folder of that name instead of making one (`open_run` takes one by its path).
 
     Raises:
         UserError: For a name that is no plain file name, a folder that can not be written, a run to resume that does
@@ -71,7 +71,17 @@ def create_run(parent: Path, name: str, *, resume: bool = False) -> Run:
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"run name {name!r}", allowed="a plain file name", do="choose a name without slashes")
     require_writable(parent)
-    folder = _newest_folder(parent, name) if resume else _make_folder(parent, name)
+    return open_run(_newest_folder(parent, name) if resume else _make_folder(parent, name))
+
+
+def open_run(folder: Path) -> Run:
+    """Locks the folder of a run that exists.
+
+    Raises:
+        UserError: For a folder that does not exist, can not be written, or is being written by another process.
+    """
+    if not folder.is_dir():
+        raise _no_run(folder.parent, folder.name)
     require_writable(folder)
     lock = FileLock(folder / ".lock")
     try:
@@ -149,10 +159,14 @@ def _make_folder(parent: Path, name: str) -> Path:
 def _newest_folder(parent: Path, name: str) -> Path:
     folders = _numbered(parent, name)
     if not folders:
-        runs = ", ".join(sorted(path.name for path in parent.iterdir() if path.is_dir())) or "none yet"
-        raise UserError(
-            f"no run {name!r} in {parent} to resume",
-            allowed=f"the name of a run that was started ({runs})",
-            do="start it without --resume, or correct --out",
-        )
+        raise _no_run(parent, name)
     return folders[max(folders)]
+
+
+def _no_run(parent: Path, name: str) -> UserError:
+    runs = ", ".join(sorted(path.name for path in parent.glob("*") if path.is_dir())) or "none yet"
+    return UserError(
+        f"no run {name!r} in {parent} to resume",
+        allowed=f"the name of a run that was started ({runs})",
+        do="start it without --resume, or correct --out",
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdvideo.errors import UserError
-from cdvideo.runs import atomic_path, create_run, require_writable
+from cdvideo.runs import atomic_path, create_run, open_run, require_writable
 
 
 def test_a_run_makes_its_folder(tmp_path: Path) -> None:
@@ -42,6 +42,20 @@ def test_resume_takes_the_newest(tmp_path: Path) -> None:
         create_run(tmp_path, "rex").close()
     with create_run(tmp_path, "rex", resume=True) as run:
         assert run.folder.name == "rex-10"
+
+
+def test_an_older_run_is_opened_by_its_path(tmp_path: Path) -> None:
+    for _ in range(2):
+        create_run(tmp_path, "rex").close()
+    with open_run(tmp_path / "rex") as run:
+        assert run.folder == tmp_path / "rex"
+        with open_run(tmp_path / "rex-2") as other:
+            assert other.folder == tmp_path / "rex-2"
+    with pytest.raises(UserError, match=r"no run 'rex-3'.*\n.*\(rex, rex-2\)"):
+        open_run(tmp_path / "rex-3")
+    with pytest.raises(UserError, match=r"no run 'rex'.*\n.*\(none yet\)"):
+        open_run(tmp_path / "nowhere" / "rex")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rex", "rex-2"]
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def _resume(state: TrainState, run: Run, steps: int) -> int:
         raise UserError(
             f"{run.folder} has ended, there is nothing to resume",
             allowed="a run that was interrupted",
-            do="start a new run without --resume",
+            do="name an interrupted run's folder with --out, or start a new run without --resume",
         )
     path, metrics = run.folder / STATE_FILE, run.folder / "metrics.jsonl"
     start = state.load(path) if path.exists() else 0  # interrupted before its first state: from the beginning

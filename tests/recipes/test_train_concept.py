@@ -123,6 +123,17 @@ def test_a_run_in_use_is_told(tmp_path: Path, flags: list[str], capsys: pytest.C
     assert "in use by another process" in capsys.readouterr().err
 
 
+def test_an_older_interrupted_run_is_resumed_beside_a_newer_one(tmp_path: Path, flags: list[str]) -> None:
+    older, newer = tmp_path / "runs" / "rex", tmp_path / "runs" / "rex-2"
+    for folder in (older, newer):
+        assert run_main(train_concept_main, [*flags, "--quiet"]) == 0
+        assert (folder / "concept.safetensors").exists()
+    (older / "concept.safetensors").unlink()  # as if it had been interrupted before its first state
+    before = (newer / "concept.safetensors").read_bytes()
+    assert run_main(train_concept_main, ["--resume", "--out", str(older), "--quiet"]) == 0
+    assert (older / "concept.safetensors").exists() and (newer / "concept.safetensors").read_bytes() == before
+
+
 def test_an_unknown_class_word_is_warned_of_in_one_line(flags: list[str], caplog: pytest.LogCaptureFixture) -> None:
     assert run_main(train_concept_main, [*flags, "--quiet", "--class-word", "axolotl"]) == 0
     (line,) = [record.message for record in caplog.records if record.name == "cdvideo.concept.words"]
