@@ -86,6 +86,7 @@ def test_the_report_has_every_figure_that_was_asked_for(
 
 
 def test_an_interrupted_report_goes_on_to_the_same_figures(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "prompts=2", "films=1", "frames=2", "steps=1", "scenes=2"]
     assert run_main(main, [*flags, "--quiet"]) == 0
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     kept, lost = (
