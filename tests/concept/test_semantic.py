@@ -61,7 +61,7 @@ def test_descending_the_loss_brings_the_concept_back_to_its_class(tiny_base: Bas
     rows_KD = torch.randn(1, 32, requires_grad=True)
     before = loss(rows_KD, generator())
     optimizer = torch.optim.Adam([rows_KD], lr=0.05)
-    for _ in range(10):
+    for _ in range(40):
         optimizer.zero_grad()
         loss(rows_KD, generator()).backward()
         optimizer.step()
