@@ -37,7 +37,7 @@ def write_card(config: MakeBaseConfig, folder: Path) -> None:
     """Writes ``folder``/README.md from ``folder``/training.json, the config and the held-out lists."""
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text())
     stages = [stage for stage in TITLES if stage in facts]
-    bytes_all = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    bytes_all = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     lines = [HEAD.format(resolution=config.resolution), "## Training\n"]
     lines.append(f"{_data_line(facts)} Weights in this folder: {bytes_all / 2**20:.1f} MiB in half precision.\n")
     lines.append("| part | parameters | steps | batch | minutes | device |\n|---|---|---|---|---|---|")
