@@ -81,7 +81,7 @@ class SemanticConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW at a constant rate. The rates are the ones used: nothing multiplies them by the batch size."""
+    """AdamW without warm-up. The rates are the ones used: nothing multiplies them by the batch size."""
 
     batch_size: int = 4
     """Pictures in a step."""
@@ -89,6 +89,9 @@ class OptimConfig:
     """Learning rate of K and V."""
     token_lr: float = 3e-3
     """Learning rate of the token's rows: a few numbers, which have to go further."""
+    decay: float = 0.5
+    """The share of the steps, at the end, over which both rates fall linearly to zero. With a few pictures the last
+    steps leave their own noise in K and V; smaller ones average it away, and pictures come out cleaner. 0: constant."""
     weight_decay: float = 0.01
     """Pulls the change of K and V towards zero, that is towards the base. The rows are never decayed."""
     grad_clip: float = 1.0
@@ -101,6 +104,7 @@ class OptimConfig:
             (self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1"),
             (self.lr > 0, f"lr={self.lr}: must be above 0"),
             (self.token_lr > 0, f"token_lr={self.token_lr}: must be above 0"),
+            (0 <= self.decay <= 1, f"decay={self.decay}: a share, must be in [0, 1]"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay}: must not be negative"),
             (self.grad_clip > 0, f"grad_clip={self.grad_clip}: must be above 0"),
         )

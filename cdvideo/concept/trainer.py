@@ -85,8 +85,8 @@ def train_concept(
     parameters = [*concept.kv.values(), rows_KD]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [*concept.kv.values()], "lr": optim.lr, "weight_decay": optim.weight_decay},
-            {"params": [rows_KD], "lr": optim.token_lr, "weight_decay": 0.0},
+            {"params": [*concept.kv.values()], "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
+            {"params": [rows_KD], "initial_lr": optim.token_lr, "weight_decay": 0.0},
         ]
     )
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
@@ -124,6 +124,8 @@ def train_concept(
             # fp16's scaler skips steps with infinite gradients and lowers its scale; else they are a divergence.
             if not loss.isfinite() or not (norm.isfinite() or scaler.is_enabled()):
                 raise _diverged(step, denoise, semantic, config)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_factor(step, steps=config.steps, decay=optim.decay)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -141,6 +143,11 @@ def train_concept(
             if config.sample.every and step % config.sample.every == 0 and step < config.steps:
                 _draw(sample, concept, config, run, step=step)
     return _finish(sample, concept, config, run)
+
+
+def rate_factor(step: int, *, steps: int, decay: float) -> float:
+    """What the learning rates are multiplied by at a step in [1, steps]: 1, then a linear fall over the last ``decay``."""
+    return min(1.0, (steps - step + 1) / (decay * steps)) if decay else 1.0
 
 
 def new_concept(base: Base, config: ConceptConfig) -> Concept:
