@@ -146,7 +146,7 @@ def train_concept(
 
 
 def rate_factor(step: int, *, steps: int, decay: float) -> float:
-    """What the learning rates are multiplied by at a step in [1, steps]: 1, then a linear fall over the last ``decay``."""
+    """What the learning rates are multiplied by at a step in [1, steps]: 1, then a linear fall over the last part."""
     return min(1.0, (steps - step + 1) / (decay * steps)) if decay else 1.0
 
 
