@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
 # Before torch is imported, as scripts have it (cdvideo/cpu.py): beside other work, tests take a thirtieth of the time.
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+# A shell starts background jobs with Ctrl-C ignored; tests of interrupts need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
