@@ -14,9 +14,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are impo
 # Before torch is imported, as scripts have it (cdvideo/cpu.py): beside other work, tests take a thirtieth of the time.
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
 
-# A shell starts background jobs with Ctrl-C ignored; tests of interrupts need Python's own handler.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
@@ -33,6 +30,8 @@ TINY_WORDS = "a photo of the dog cat robot stuffed animal in on snow wearing hea
 TEXT_WIDTH = 32
 MAX_TOKENS = 24
 
+# A shell starts background jobs with Ctrl-C ignored; tests of interrupts need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
