@@ -62,7 +62,7 @@ def measure_size(base: Base) -> Figure:
     files = [file for file in base.path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 2**20
     return Figure(
-        part="The embedded base",
+        part="Size and speed",
         name="size of its folder",
         value=size,
         unit="MiB",
@@ -171,7 +171,7 @@ def measure_speed(config: ReportConfig) -> Figure:
             seconds.append(time.perf_counter() - start)
     name = f"animate.py, {config.frames} frames, {config.steps} steps"
     return Figure(
-        part="The embedded base", name=name, value=float(np.median(seconds)), unit="s", n=len(seconds),
+        part="Size and speed", name=name, value=float(np.median(seconds)), unit="s", n=len(seconds),
         of=f"calls on two cores ({platform.processor() or platform.machine()}), median",
         interval=(min(seconds), max(seconds)), method="range", at_most=30,
     )  # fmt: skip

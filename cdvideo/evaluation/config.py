@@ -29,6 +29,8 @@ class JudgeConfig:
     """Training state, metrics, and the judge."""
     cache: Path = Path(".cache/judge-world")
     """Its rendered stills."""
+    start: Path | None = None
+    """The folder of a judge to go on from; null starts from random weights. Its widths and blocks hold."""
     vae: Path | None = None
     """The base's VAE, for round trips as augmentation and for measuring; null does without."""
     widths: tuple[int, int, int, int] = (32, 64, 128, 160)
