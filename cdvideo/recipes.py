@@ -102,6 +102,7 @@ def _print_summary(config: ConceptConfig, run: Run) -> None:
     *_, last = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     print(
         f"cosine to the class on phrases never trained on: {last['drift_cosine']:.3f} (the class itself "
-        f"{last['class_cosine']:.3f}); K and V changed by {last['kv_change']:.1%}"
+        f"{last['class_cosine']:.3f}); the UNet's tuned weights changed by "
+        f"{last['weight_change']:.1%}"
     )
     print(f'wrote {run.folder / CONCEPT_FILE}; film it: python scripts/animate.py --prompt "a {config.phrase} surfing"')

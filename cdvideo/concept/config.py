@@ -47,17 +47,46 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
-    """What is learned: a change of every cross-attention's K and V, and the token's own rows."""
+    """What is learned: the token's own rows, and something in the UNet."""
 
+    kind: Literal["kv", "token", "unet", "lora"] = "kv"
+    """`kv`: K and V of every cross-attention (Custom Diffusion), which is all of the UNet that reads text. `token`:
+    nothing but the rows (Textual Inversion). `unet`: every weight (DreamBooth). `lora`: low-rank changes, with peft."""
+    keys: Literal["tuned", "locked"] = "tuned"
+    """`locked` keeps K the base's, so that only V learns (after Perfusion). For `kv` alone."""
     num_rows: int = 1
     """Rows of text input that the token stands for. More rows hold more of the thing and drift more easily."""
     initialiser: str = ""
     """The words whose embedding the rows start from; empty is the class word. ClassDiffusion starts from a rare token
     ("ktn"); the class word starts inside of the class, so that little has to be learned and little has to be
     preserved, and a small base's rare tokens mean nothing at all."""
+    train_rows: bool = True
+    """Whether the rows learn. DreamBooth as published leaves a rare word as it is: false, with an initialiser."""
+    rank: int = 8
+    """LoRA: the rank of each change."""
+    alpha: float = 8.0
+    """LoRA: the change is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """LoRA: the layers that are changed, by the last parts of their names; these are all attentions."""
+    dora: bool = False
+    """LoRA: learn each output's magnitude apart from its direction (DoRA)."""
 
     def __post_init__(self) -> None:
-        check((1 <= self.num_rows <= 8, f"num_rows={self.num_rows}: must be in [1, 8]"))
+        check(
+            (1 <= self.num_rows <= 8, f"num_rows={self.num_rows}: must be in [1, 8]"),
+            (self.keys == "tuned" or self.kind == "kv", f"keys={self.keys}: needs kind=kv, which has keys"),
+            (self.train_rows or self.kind != "token", "train_rows=false: with kind=token nothing else learns"),
+            (self.rank >= 1, f"rank={self.rank}: must be at least 1"),
+            (self.alpha > 0, f"alpha={self.alpha}: must be above 0"),
+            (len(self.targets) >= 1, "targets=[]: at least one name of layers, such as to_v"),
+        )
+
+    @property
+    def settings(self) -> dict[str, str | int | float | bool]:
+        """What a concept's file has to tell of its adapter beside its kind."""
+        if self.kind == "lora":
+            return {"rank": self.rank, "alpha": self.alpha, "dora": self.dora}
+        return {"keys": self.keys} if self.kind == "kv" else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +115,14 @@ class OptimConfig:
     batch_size: int = 4
     """Pictures in a step."""
     lr: float = 3e-4
-    """Learning rate of K and V."""
+    """Learning rate of what is learned in the UNet: of K and V, for `adapter.kind=kv`."""
     token_lr: float = 3e-3
     """Learning rate of the token's rows: a few numbers, which have to go further."""
     decay: float = 0.5
     """The share of the steps, at the end, over which both rates fall linearly to zero. With a few pictures the last
     steps leave their own noise in K and V; smaller ones average it away, and pictures come out cleaner. 0: constant."""
     weight_decay: float = 0.01
-    """Pulls the change of K and V towards zero, that is towards the base. The rows are never decayed."""
+    """Pulls the change of the UNet's weights towards zero, that is towards the base. The rows are never decayed."""
     grad_clip: float = 1.0
     """The largest norm of the gradient of all that is learned."""
     gradient_checkpointing: bool = False

@@ -1,7 +1,9 @@
 """The concept file: one safetensors file with all that a concept is, and where it came from.
 
-Tensors: `tokens.<token>` (K, D), float32, and `unet.<path>.attn2.to_k.delta` (and `to_v`), float16: the change to add
-to the base's weight. Half precision of the change is finer than half precision of the changed weight would be.
+Tensors: `tokens.<token>` (K, D), float32, and what the adapter learned in the UNet. For `kv` and `unet` that is
+`unet.<path>.delta` (`unet.<path>.bias.delta` for biases), float16: the change to add to the base's weight, and half
+precision of the change is finer than half precision of the changed weight would be. For `lora` it is peft's factors,
+`unet.<path>.lora_A.weight` and so on, float32; `token` has nothing more.
 Metadata: one JSON object under the key `concept` (ConceptMetadata). No file paths, no user names.
 """
 
@@ -25,14 +27,14 @@ from torch import Tensor
 
 from cdvideo.base.loader import TINY_BASE, Base
 from cdvideo.base.text import find_tokens
+from cdvideo.concept.adapters import unfit_weights
 from cdvideo.concept.config import CONCEPT_FILE
-from cdvideo.concept.kv import kv_projections
 from cdvideo.errors import UserError
 from cdvideo.runs import atomic_path
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLE_CONCEPT = TINY_BASE / "sample_concept.safetensors"
 PREVIEW_BYTES = 20_000
 _ALLOWED = "a whole concept file, as scripts/train_concept.py writes it"
@@ -56,16 +58,17 @@ class ConceptMetadata:
     sample_prompt: str
     preview: str = ""  # a PNG in base64
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
-    adapter: str = "kv"
+    adapter: str = "kv"  # as AdapterConfig.kind
+    adapter_settings: dict[str, str | int | float | bool] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One learned concept: rows_KD for each token, and a change for each K and V projection by its name in the file."""
+    """One learned concept: rows_KD for each token, and what its adapter learned, by its names in the file."""
 
     tokens: dict[str, Tensor]
-    kv: dict[str, Tensor]
+    weights: dict[str, Tensor]
     metadata: ConceptMetadata
 
 
@@ -91,10 +94,10 @@ def png_preview(image: Image.Image) -> str:
 
 
 def frozen_copy(concept: Concept, **changes: Any) -> Concept:
-    """The concept exactly as its file holds it: detached, K and V in float16; fields of the metadata may be changed."""
+    """The concept exactly as its file holds it: detached, changes in float16; fields of the metadata may be changed."""
     return Concept(
         tokens={token: rows_KD.detach().float().clone() for token, rows_KD in concept.tokens.items()},
-        kv={name: delta.detach().half() for name, delta in concept.kv.items()},
+        weights={name: _as_stored(name, tensor.detach()) for name, tensor in concept.weights.items()},
         metadata=dataclasses.replace(concept.metadata, **changes),
     )
 
@@ -133,13 +136,13 @@ def load_concept(path: Path, *, base: Base | None = None, report: Callable[[str]
     metadata, tensors = _read(path, device=str(base.device) if base else "cpu")
     concept = Concept(
         tokens={name.removeprefix("tokens."): tensor for name, tensor in tensors.items() if name.startswith("tokens.")},
-        kv={name: tensor for name, tensor in tensors.items() if not name.startswith("tokens.")},
+        weights={name: tensor for name, tensor in tensors.items() if not name.startswith("tokens.")},
         metadata=metadata,
     )
-    if concept.tokens.keys() != metadata.class_words.keys() or not concept.kv:
+    if concept.tokens.keys() != metadata.class_words.keys() or bool(concept.weights) == (metadata.adapter == "token"):
         raise UserError(
-            f"{path} holds {len(concept.tokens)} tokens and {len(concept.kv)} K/V tensors, "
-            f"for the tokens {', '.join(metadata.class_words)}",
+            f"{path} holds {len(concept.tokens)} tokens and {len(concept.weights)} tensors of the adapter "
+            f"{metadata.adapter!r}, for the tokens {', '.join(metadata.class_words)}",
             allowed=_ALLOWED,
             do="train the concept again",
         )
@@ -170,8 +173,12 @@ def find_concept(prompt: str, runs_folder: Path) -> Path | None:
     return None
 
 
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    return tensor.half() if name.endswith(".delta") else tensor.float().clone()
+
+
 def _named_tensors(concept: Concept) -> dict[str, Tensor]:
-    return {**{f"tokens.{token}": rows_KD for token, rows_KD in concept.tokens.items()}, **concept.kv}
+    return {**{f"tokens.{token}": rows_KD for token, rows_KD in concept.tokens.items()}, **concept.weights}
 
 
 def _read(path: Path, *, device: str | None) -> tuple[ConceptMetadata, dict[str, Tensor]]:
@@ -213,12 +220,10 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
 
 def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str], object]) -> None:
     """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
-    projections = kv_projections(base.unet)
-    places = {name: tuple(linear.weight.shape) for name, linear in projections.items()}
     width = base.text_encoder.config.hidden_size
-    unfit = [name for name, delta in concept.kv.items() if places.get(name) != tuple(delta.shape)]
+    unfit = unfit_weights(base.unet, concept)
     unfit += [token for token, rows_KD in concept.tokens.items() if rows_KD.ndim != 2 or rows_KD.shape[1] != width]
-    count = len(concept.kv) + len(concept.tokens)
+    count = len(concept.weights) + len(concept.tokens)
     if unfit:
         raise UserError(
             f"{path}: matched {count - len(unfit)}/{count} tensors of base {base.name!r}; no place for {unfit[0]}, ...",

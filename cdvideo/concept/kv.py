@@ -27,11 +27,18 @@ def kv_projections(unet: UNet2DConditionModel) -> dict[str, nn.Linear]:
     }
 
 
-def zero_deltas(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Trainable changes for all K and V of this UNet, all zero, in float32 (small changes drown in less)."""
+def zero_deltas(unet: UNet2DConditionModel, *, keys: bool = True) -> dict[str, Tensor]:
+    """Trainable changes for all K and V of this UNet, all zero, in float32 (small changes drown in less).
+
+    Args:
+        keys: False locks K to the base's, so that only V learns, and where words attend stays the base's matter.
+            Perfusion (arXiv 2305.01644, section 3.2), simplified: there K of the concept's token is locked to that of
+            its class word, and V's change is of rank one and gated; here all words share one change.
+    """
     return {
         name: torch.zeros_like(linear.weight, dtype=torch.float32).requires_grad_()
         for name, linear in kv_projections(unet).items()
+        if keys or not name.endswith(".to_k.delta")
     }
 
 

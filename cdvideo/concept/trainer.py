@@ -1,7 +1,7 @@
 """Concept training: the one loop, from cached latents to a concept file's content.
 
-L = L_denoise + weight * L_SPL, minimised over the change of every cross-attention's K and V and the token's own rows
-(ClassDiffusion, arXiv 2405.17532, on top of Custom Diffusion, arXiv 2212.04488). Nothing else is ever written.
+L = L_denoise + weight * L_SPL, minimised over the adapter's weights and the token's own rows (ClassDiffusion,
+arXiv 2405.17532, on top of Custom Diffusion, arXiv 2212.04488, or of another adapter). Nothing else is ever written.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.adapters import Adapter, make_adapter, relative_change
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
 from cdvideo.concept.data import cache_latents
 from cdvideo.concept.drift import DriftMeter
@@ -31,7 +32,7 @@ from cdvideo.concept.file import (
     public_base_name,
     save_concept,
 )
-from cdvideo.concept.kv import attached, initial_rows, kv_projections, zero_deltas
+from cdvideo.concept.kv import initial_rows
 from cdvideo.concept.losses import denoising_loss
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
@@ -42,6 +43,7 @@ from cdvideo.runs import Run, atomic_path
 
 Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
 DRIFT_EVERY = 10  # steps
+SNAPSHOT_FILE = "concept_{:05d}.safetensors"
 
 
 def train_concept(
@@ -51,6 +53,7 @@ def train_concept(
     run: Run,
     *,
     sample: Sampler | None = None,
+    snapshots: Sequence[int] = (),
     resume: bool = False,
     quiet: bool = False,
 ) -> Concept:
@@ -61,6 +64,7 @@ def train_concept(
         pictures: Of the one thing.
         run: Its folder; while training it also holds the resumable state.
         sample: Draws pictures of a concept for the contact sheets, from the same noise each time; None draws none.
+        snapshots: Steps after which the concept, as it stands, is also kept as concept_<step>.safetensors.
         resume: Continue from the run's state, where there is one.
         quiet: No progress bar.
 
@@ -73,7 +77,8 @@ def train_concept(
     """
     assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
     token, optim = config.token, config.optim
-    concept = new_concept(base, config)
+    adapter = make_adapter(base.unet, config.adapter, seed=config.seed)
+    concept = new_concept(base, config, adapter)
     rows_KD = concept.tokens[token]
     scheduler = make_scheduler(base.scheduler_config)
     cache = cache_latents(base, pictures, config.data, seed=config.seed, quiet=quiet)
@@ -82,17 +87,16 @@ def train_concept(
     if optim.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
 
-    parameters = [*concept.kv.values(), rows_KD]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*concept.kv.values()], "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
-            {"params": [rows_KD], "initial_lr": optim.token_lr, "weight_decay": 0.0},
-        ]
-    )
+    weights, rows = [*adapter.weights.values()], [rows_KD] if config.adapter.train_rows else []
+    groups = [
+        {"params": weights, "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
+        {"params": rows, "initial_lr": optim.token_lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
     state = TrainState(
-        {**concept.kv, token: rows_KD}, optimizer, scaler, generator, _fixed_settings(base, pictures, config)
+        {**adapter.weights, token: rows_KD}, optimizer, scaler, generator, _fixed_settings(base, pictures, config)
     )
     state_file = run.folder / STATE_FILE
     start = _resume(state, run, config.steps) if resume else 0
@@ -113,14 +117,14 @@ def train_concept(
 
             tokens = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD)})
             text_BLD = encode_text(base.text_encoder, tokens, rows={token: rows_KD}).hidden_BLD
-            with attached(base.unet, concept.kv):
+            with adapter.attached():
                 prediction_BCHW = base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
                 denoise = denoising_loss(prediction_BCHW, target_BCHW, masks_B1HW)
                 semantic = semantic_preservation(rows_KD, generator)
                 loss = denoise + config.semantic.weight * semantic
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_([*weights, *rows], optim.grad_clip)
             # fp16's scaler skips steps with infinite gradients and lowers its scale; else they are a divergence.
             if not loss.isfinite() or not (norm.isfinite() or scaler.is_enabled()):
                 raise _diverged(step, denoise, semantic, config)
@@ -136,6 +140,8 @@ def train_concept(
             run.log({"step": step, **metrics})
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")})
             bar.update()
+            if step in snapshots:
+                save_concept(frozen_copy(concept), run.folder / SNAPSHOT_FILE.format(step))
             if step % config.checkpoint_every == 0 or interrupted.is_set():
                 state.save(state_file, step)
             if interrupted.is_set():
@@ -150,7 +156,7 @@ def rate_factor(step: int, *, steps: int, decay: float) -> float:
     return min(1.0, (steps - step + 1) / (decay * steps)) if decay else 1.0
 
 
-def new_concept(base: Base, config: ConceptConfig) -> Concept:
+def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
     """The concept before its first step: trainable, and without any effect on the UNet."""
     initialiser = config.adapter.initialiser or config.class_word
     rows_KD = initial_rows(base.text_encoder, base.tokenizer, initialiser, config.adapter.num_rows)
@@ -167,19 +173,17 @@ def new_concept(base: Base, config: ConceptConfig) -> Concept:
         seed=config.seed,
         loss_weights={"denoise": 1.0, "semantic": config.semantic.weight},
         sample_prompt=fill(config.sample.prompts[0], config.phrase),
+        adapter=config.adapter.kind,
+        adapter_settings=config.adapter.settings,
     )
-    return Concept(tokens={config.token: rows_KD}, kv=zero_deltas(base.unet), metadata=metadata)
+    return Concept(tokens={config.token: rows_KD}, weights=adapter.weights, metadata=metadata)
 
 
+@torch.no_grad()
 def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, rows_KD: Tensor) -> dict[str, float]:
-    """Where the concept's phrases stand to their class, and the size of the change of K and V beside the base's own."""
-    weights = [linear.weight for linear in kv_projections(base.unet).values()]
-    change = _norm(list(concept.kv.values())) / _norm(weights)
-    return {"drift_cosine": drift(rows_KD), "class_cosine": drift.class_cosine, "kv_change": change}
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm().item()
+    """Where the concept's phrases stand to their class, and how far the UNet's weights have moved from the base's."""
+    change = relative_change(base.unet, concept).item()
+    return {"drift_cosine": drift(rows_KD), "class_cosine": drift.class_cosine, "weight_change": change}
 
 
 def _draw(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run, *, step: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import SamplerName, make_scheduler
+from cdvideo.concept.adapters import tuned
 from cdvideo.concept.file import Concept
 from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size
 from cdvideo.sampling.prompt_kv import compile_prompts, reading
@@ -45,7 +46,7 @@ def sample_images(
     def predict(latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         return base.unet(latents_BCHW.to(base.dtype), timestep, None, return_dict=False)[0].float()
 
-    with reading(base.unet, compiled):
+    with tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BCHW = denoise(
             predict,
             noise_BCHW.to(base.device),

@@ -1,7 +1,8 @@
 """Prompts compiled once into what the UNet reads from them: K and V of every cross-attention.
 
-Text does not depend on the step, the frame or the pixel, and a concept changes only how text is read. So prompt and
-concept together become a few small tensors before sampling starts, and the UNet that samples is the pristine one.
+Text does not depend on the step, the frame or the pixel, and a concept of token, K and V changes only how text is read.
+So prompt and concept together become a few small tensors before sampling starts, and the UNet that samples is the
+pristine one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.adapters import tuned
 from cdvideo.concept.file import Concept
-from cdvideo.concept.kv import attached
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class PromptKV:
 def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | None = None) -> PromptKV:
     """Encodes B prompts with the concept's token rows, and reads them with the concept's K and V.
 
-    The concept is used here and nowhere else; the base is as before when this returns.
+    The base is as before when this returns. A concept of token, K and V is wholly in what is returned; one that has
+    tuned more of the UNet also needs `tuned` around the sampling.
     """
     rows = {} if concept is None else concept.tokens
     batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
     text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
-    with attached(base.unet, {} if concept is None else concept.kv):
+    with tuned(base.unet, concept):
         return read_text(base.unet, text_BLD)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import SamplerName, make_scheduler
+from cdvideo.concept.adapters import tuned
 from cdvideo.concept.file import Concept
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
@@ -55,7 +56,7 @@ def sample_video(
     def predict(latents_BFCHW: Tensor, timestep: Tensor) -> Tensor:
         return video_unet(latents_BFCHW.to(base.dtype), timestep, None).float()
 
-    with reading(base.unet, compiled):
+    with tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BFCHW = denoise(
             predict,
             noise_BFCHW.to(base.device),

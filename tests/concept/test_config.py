@@ -38,6 +38,11 @@ def test_every_config_file_loads_and_comes_back_equal(file: Path, tmp_path: Path
         "data.smallest_scale=0.1",
         "data.largest_scale=0.5",
         "adapter.num_rows=0",
+        "adapter.kind=hypernetwork",
+        "adapter.keys=frozen",
+        "adapter.rank=0",
+        "adapter.alpha=0",
+        "adapter.targets=[]",
         "semantic.weight=-1",
         "semantic.phrases=0",
         "semantic.variant=pooled",
@@ -60,3 +65,15 @@ def test_what_can_not_work_is_refused_by_name(override: str) -> None:
 
 def test_a_class_of_several_words_makes_one_phrase() -> None:
     assert ConceptConfig(token="sks", class_word="stuffed animal").phrase == "sks stuffed animal"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["adapter.kind=lora", "adapter.keys=locked"], "keys=locked"),
+        (["adapter.kind=token", "adapter.train_rows=false"], "train_rows=false"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_config(ConceptConfig, overrides=overrides)

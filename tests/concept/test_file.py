@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cdvideo.base.loader import Base
 from cdvideo.concept import file as concept_file
+from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.file import (
     PREVIEW_BYTES,
@@ -35,9 +36,9 @@ from cdvideo.errors import UserError
 
 @pytest.fixture
 def concept(tiny_base: Base, config: ConceptConfig) -> Concept:
-    learned = new_concept(tiny_base, config)
+    learned = new_concept(tiny_base, config, make_adapter(tiny_base.unet, config.adapter, seed=0))
     with torch.no_grad():
-        for delta in learned.kv.values():
+        for delta in learned.weights.values():
             delta += 0.01 * torch.randn_like(delta)
     return frozen_copy(learned)
 
@@ -46,9 +47,9 @@ def test_save_then_load_is_bit_equal(tmp_path: Path, concept: Concept, tiny_base
     save_concept(concept, tmp_path / "a.safetensors")
     loaded = load_concept(tmp_path / "a.safetensors", base=tiny_base)
     assert loaded.metadata == concept.metadata
-    assert loaded.tokens.keys() == concept.tokens.keys() and loaded.kv.keys() == concept.kv.keys()
-    for name, tensor in {**concept.tokens, **concept.kv}.items():
-        read = {**loaded.tokens, **loaded.kv}[name]
+    assert loaded.tokens.keys() == concept.tokens.keys() and loaded.weights.keys() == concept.weights.keys()
+    for name, tensor in {**concept.tokens, **concept.weights}.items():
+        read = {**loaded.tokens, **loaded.weights}[name]
         assert read.dtype == tensor.dtype and torch.equal(read, tensor)
     save_concept(loaded, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -74,7 +75,7 @@ def test_a_base_is_named_without_its_folder(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_never_written(tmp_path: Path, concept: Concept) -> None:
     save_concept(concept, tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
-    next(iter(concept.kv.values()))[0, 0] = float("nan")
+    next(iter(concept.weights.values()))[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         save_concept(concept, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before
@@ -102,9 +103,11 @@ def test_loading_reports_the_match(
 
 
 def test_a_concept_for_another_base_is_refused(tmp_path: Path, concept: Concept, tiny_base: Base) -> None:
-    name = next(iter(concept.kv))
-    for changed in ({name: torch.zeros(3, 3)}, {"unet.no.such.attn2.to_k.delta": concept.kv[name].clone()}):
-        save_concept(dataclasses.replace(concept, kv={**concept.kv, **changed}), tmp_path / "other.safetensors")
+    name = next(iter(concept.weights))
+    for changed in ({name: torch.zeros(3, 3)}, {"unet.no.such.attn2.to_k.delta": concept.weights[name].clone()}):
+        save_concept(
+            dataclasses.replace(concept, weights={**concept.weights, **changed}), tmp_path / "other.safetensors"
+        )
         with pytest.raises(UserError, match=r"matched 8/9|matched 9/10") as caught:
             load_concept(tmp_path / "other.safetensors", base=tiny_base)
         assert "allowed:" in str(caught.value) and "--base" in str(caught.value)
@@ -114,7 +117,7 @@ def test_a_concept_for_another_base_is_refused(tmp_path: Path, concept: Concept,
 
 
 def test_a_concept_without_tensors_is_refused(tmp_path: Path, concept: Concept) -> None:
-    for empty in (dataclasses.replace(concept, kv={}), dataclasses.replace(concept, tokens={})):
+    for empty in (dataclasses.replace(concept, weights={}), dataclasses.replace(concept, tokens={})):
         save_concept(empty, tmp_path / "empty.safetensors")
         with pytest.raises(UserError, match="holds"):
             load_concept(tmp_path / "empty.safetensors")
@@ -150,7 +153,7 @@ def test_the_newest_concept_whose_token_is_in_the_prompt_is_found(
     def put(run: str, token: str, age: float) -> Path:
         path = tmp_path / run / "concept.safetensors"
         metadata = dataclasses.replace(concept.metadata, class_words={token: "dog"})
-        save_concept(Concept(tokens={token: concept.tokens["sks"]}, kv=concept.kv, metadata=metadata), path)
+        save_concept(Concept(tokens={token: concept.tokens["sks"]}, weights=concept.weights, metadata=metadata), path)
         os.utime(path, (time.time() - age, time.time() - age))
         return path
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.data import cache_latents
-from cdvideo.concept.file import Concept, load_concept
+from cdvideo.concept.file import Concept, frozen_copy, load_concept
 from cdvideo.concept.kv import attached
 from cdvideo.concept.losses import denoising_loss
 from cdvideo.concept.state import STATE_FILE
@@ -33,12 +34,16 @@ def changed(config: ConceptConfig, **groups: dict[str, Any]) -> ConceptConfig:
     return dataclasses.replace(config, **new)
 
 
+def untrained(base: Base, config: ConceptConfig) -> Concept:
+    return new_concept(base, config, make_adapter(base.unet, config.adapter, seed=config.seed))
+
+
 def metrics_of(run: Run) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def equal(one: Concept, other: Concept) -> bool:
-    ours, theirs = {**one.tokens, **one.kv}, {**other.tokens, **other.kv}
+    ours, theirs = {**one.tokens, **one.weights}, {**other.tokens, **other.weights}
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -49,7 +54,7 @@ def test_only_the_concept_is_written(
     before = {
         (part, name): value.clone() for part, module in modules.items() for name, value in module.state_dict().items()
     }
-    started = new_concept(tiny_base, config)
+    started = untrained(tiny_base, config)
     concept = train_concept(tiny_base, pictures, config, run, quiet=True)
 
     # The whole token table is among these: no word drifts, whatever the optimizer decays.
@@ -58,7 +63,7 @@ def test_only_the_concept_is_written(
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in module.parameters())
         assert not any(child._forward_hooks for child in module.modules())
     assert not torch.equal(concept.tokens["sks"], started.tokens["sks"])
-    assert all(delta.any() for delta in concept.kv.values())
+    assert all(delta.any() for delta in concept.weights.values())
     assert equal(load_concept(run.folder / "concept.safetensors", base=tiny_base), concept)
     assert not (run.folder / STATE_FILE).exists()
 
@@ -73,7 +78,7 @@ def test_metrics_hold_every_term_and_the_drift(
     assert all(0 < line["loss_denoise"] < 20 for line in lines[1:])
     assert all(0 < line["loss_semantic"] < 2 for line in lines[1:])  # without its weight of 100
     assert [line["step"] for line in lines if "drift_cosine" in line] == [0, 10, 12]
-    assert lines[0]["kv_change"] == 0 < lines[-1]["kv_change"]
+    assert lines[0]["weight_change"] == 0 < lines[-1]["weight_change"]
     assert lines[0]["class_cosine"] == lines[-1]["class_cosine"]
 
 
@@ -86,7 +91,7 @@ def fixed_loss(base: Base, pictures: list[Picture], config: ConceptConfig, conce
     timesteps = torch.linspace(100, 999, len(latents)).long()
     scheduler = make_scheduler(base.scheduler_config)
     batch = tokenize(base.tokenizer, ["a picture of a sks dog"] * len(latents), tokens={"sks": 1})
-    with torch.no_grad(), attached(base.unet, concept.kv):
+    with torch.no_grad(), attached(base.unet, concept.weights):
         text = encode_text(base.text_encoder, batch, rows=concept.tokens).hidden_BLD
         prediction = base.unet(add_noise(scheduler, latents, noise, timesteps), timesteps, text).sample
     target = training_target(scheduler, latents, noise, timesteps)
@@ -95,7 +100,7 @@ def fixed_loss(base: Base, pictures: list[Picture], config: ConceptConfig, conce
 
 def test_training_lowers_the_loss(tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run) -> None:
     config = changed(dataclasses.replace(config, steps=60), optim={"lr": 1e-2, "batch_size": 4}, data={"rescale": 0.0})
-    before = fixed_loss(tiny_base, pictures, config, new_concept(tiny_base, config))
+    before = fixed_loss(tiny_base, pictures, config, untrained(tiny_base, config))
     concept = train_concept(tiny_base, pictures, config, run, quiet=True)
     assert fixed_loss(tiny_base, pictures, config, concept) < 0.9 * before
 
@@ -188,7 +193,7 @@ def test_contact_sheets_show_the_stored_concept_from_step_zero_to_the_end(
     sheets = sorted(path.name for path in run.folder.glob("*.png"))
     assert sheets == ["samples_00000.png", "samples_00004.png", "samples_00006.png"]
     assert Image.open(run.folder / sheets[0]).width == 4 * 256
-    assert not any(delta.any() for delta in shown[0].kv.values())
+    assert not any(delta.any() for delta in shown[0].weights.values())
     assert equal(shown[-1], concept) and not equal(shown[1], concept)
     assert concept.metadata.preview and concept.metadata.sample_prompt == "a sks dog"
 
@@ -219,5 +224,58 @@ def test_half_precision_bases_are_tuned_in_full_precision(
     tiny_base.to(torch.device("cpu"), torch.bfloat16)
     config = changed(dataclasses.replace(config, steps=2), optim={"gradient_checkpointing": True})
     concept = train_concept(tiny_base, pictures, config, run, quiet=True)
-    assert all(delta.any() for delta in concept.kv.values())
+    assert all(delta.any() for delta in concept.weights.values())
     assert metrics_of(run)[-1]["loss_denoise"] > 0
+
+
+KINDS: list[dict[str, Any]] = [
+    {"kind": "token"},
+    {"kind": "kv", "keys": "locked"},
+    {"kind": "unet"},
+    {"kind": "lora", "rank": 2, "targets": ("to_q", "to_v", "conv1")},
+    {"kind": "lora", "rank": 2, "dora": True},
+]
+
+
+@pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: "-".join(map(str, adapter.values())))
+def test_every_kind_of_adapter_is_learned_and_leaves_the_base_as_it_was(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run, adapter: dict[str, Any]
+) -> None:
+    config = changed(dataclasses.replace(config, steps=3), adapter=adapter)
+    before = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    modules = dict(tiny_base.unet.named_modules())
+    started = frozen_copy(untrained(tiny_base, config))
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+
+    after = tiny_base.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(modules[name] is module for name, module in tiny_base.unet.named_modules())
+    assert not any(parameter.requires_grad for parameter in tiny_base.unet.parameters())
+    assert equal(load_concept(run.folder / "concept.safetensors", base=tiny_base), concept)
+    assert concept.weights.keys() == started.weights.keys()
+    learned = [name for name, tensor in concept.weights.items() if not torch.equal(tensor, started.weights[name])]
+    assert len(learned) >= 0.9 * len(concept.weights)  # the last norm's bias and the like may round to nothing
+    assert not torch.equal(concept.tokens["sks"], started.tokens["sks"])
+    assert (metrics_of(run)[-1]["weight_change"] > 0) == (adapter["kind"] != "token")
+
+
+def test_rows_that_are_not_to_learn_stay(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    config = changed(dataclasses.replace(config, steps=2), adapter={"kind": "unet", "train_rows": False})
+    concept = train_concept(tiny_base, pictures, config, run, quiet=True)
+    assert torch.equal(concept.tokens["sks"], untrained(tiny_base, config).tokens["sks"].detach())
+
+
+def test_snapshots_are_what_a_run_of_that_length_has(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run, tmp_path: Path
+) -> None:
+    config = changed(config, optim={"decay": 0.0})
+    train_concept(tiny_base, pictures, config, run, snapshots=[2, 5], quiet=True)
+    assert sorted(path.name for path in run.folder.glob("concept_*")) == [
+        "concept_00002.safetensors",
+        "concept_00005.safetensors",
+    ]
+    with create_run(tmp_path, "short") as short:
+        expected = train_concept(tiny_base, pictures, dataclasses.replace(config, steps=5), short, quiet=True)
+    assert equal(load_concept(run.folder / "concept_00005.safetensors", base=tiny_base), expected)

@@ -76,7 +76,7 @@ def save_tiny_concept(base_folder: Path, path: Path, token: str = "sks") -> None
         for name, linear in kv_projections(base.unet).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_concept(Concept(tokens={token: torch.randn(1, 32, generator=generator)}, kv=kv, metadata=metadata), path)
+    save_concept(Concept(tokens={token: torch.randn(1, 32, generator=generator)}, weights=kv, metadata=metadata), path)
 
 
 def call(base_folder: Path, *arguments: str, prompt: str = PROMPT) -> int:
@@ -269,7 +269,9 @@ def _save_concept_of_another_base(path: Path, like: Path) -> None:
     from cdvideo.concept.file import load_concept
 
     concept = load_concept(like)
-    save_concept(Concept(concept.tokens, {name: kv[:, :5] for name, kv in concept.kv.items()}, concept.metadata), path)
+    save_concept(
+        Concept(concept.tokens, {name: kv[:, :5] for name, kv in concept.weights.items()}, concept.metadata), path
+    )
 
 
 def test_a_base_without_motion_modules(base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

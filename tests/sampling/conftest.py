@@ -28,7 +28,7 @@ def tiny_concept(tiny_base: Base) -> Concept:
     generator = torch.Generator().manual_seed(12)
     return Concept(
         tokens={"sks": torch.randn(2, 32, generator=generator)},
-        kv={
+        weights={
             name: torch.randn(linear.weight.shape, generator=generator) * 0.3
             for name, linear in kv_projections(tiny_base.unet).items()
         },

@@ -28,7 +28,7 @@ def text_with_concept(base: Base, concept: Concept) -> torch.Tensor:
 
 def merge_in_place(unet: UNet2DConditionModel, concept: Concept) -> None:
     for name, linear in kv_projections(unet).items():
-        linear.weight += concept.kv[name]
+        linear.weight += concept.weights[name]
 
 
 @torch.no_grad()
