@@ -12,6 +12,7 @@ from pathlib import Path
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.evaluation.config import JudgeConfig, ReportConfig
+from cdvideo.evaluation.study_main import study_command, study_parser
 from cdvideo.runs import require_writable
 
 
@@ -22,11 +23,12 @@ def main(argv: Sequence[str]) -> None:
         UserError: wrong settings, or something that is missing.
     """
     start = time.perf_counter()
-    parser = ArgumentParser(description="Measure the embedded base, and train the judge that does it.")
+    parser = ArgumentParser(description="Measure the base, compare ways to learn a concept, train the judge.")
     commands = parser.add_subparsers(dest="command", required=True)
     runners = {
         "base": (_base_parser(commands), _measure_base),
         "train-judge": (_judge_parser(commands), _train_judge),
+        "study": (study_parser(commands), study_command),
     }
     if not argv or argv[0] not in runners:
         parser.parse_args(argv)  # --help, or the list of commands with exit code 2

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
@@ -16,25 +15,9 @@ from cdvideo.evaluation.judge_model import Judge, load_judge, save_judge
 from cdvideo.evaluation.main import main
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
-from cdvideo.world.sprites import ARTISTS, SCENERY_CODES, SUBJECT_DRAWINGS, THING_CODES
 
 CPU = torch.device("cpu")
 SMALL = ["prompts=3", "seeds=2", "films=2", "frames=3", "steps=2", "scenes=3", "clips=1", "speed_runs=0", "batch=2"]
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ellipses in place of the artists' pictures."""
-    folder = tmp_path_factory.mktemp("sprites")
-    for artist in ARTISTS:
-        (folder / artist).mkdir()
-        for i, name in enumerate([*SUBJECT_DRAWINGS, *THING_CODES, *SCENERY_CODES]):
-            if name in SUBJECT_DRAWINGS and getattr(SUBJECT_DRAWINGS[name], artist) is None:
-                continue
-            picture = Image.new("RGBA", (60, 64))
-            ImageDraw.Draw(picture).ellipse([1, 1, 58, 62], fill=(90 + i * 37 % 150, 80 + i * 61 % 160, 120, 255))
-            picture.save(folder / artist / f"{name}.png")
-    return folder
 
 
 @pytest.fixture

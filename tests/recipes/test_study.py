@@ -1,0 +1,99 @@
+"""scripts/evaluate.py study from end to end, on tiny models: two methods, two concepts, a few steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from cdvideo.cli import run_main
+from cdvideo.evaluation.judge_model import Judge, save_judge
+from cdvideo.evaluation.main import main
+
+SMALL = """# A tiny study.
+choose_on: [dog]
+report_on: [robot]
+training: [steps=2, optim.batch_size=1, data.variants=1, semantic.phrases=2]
+methods:
+  - {name: base, source: base}
+  - {name: drawn, source: renders}
+  - {name: plain, settings: [semantic.weight=0]}
+  - {name: spl, settings: [semantic.weight=1]}
+against: plain
+prompts: 2
+seeds: 2
+steps: 1
+dtype: fp32
+"""
+
+
+@pytest.fixture
+def flags(tmp_path: Path, tiny_base_folder: Path, sprites: Path) -> list[str]:
+    """The study's file and all that it needs, with an untrained judge."""
+    (tmp_path / "study.yaml").write_text(SMALL)
+    save_judge(Judge(widths=(4, 4, 4, 8), blocks=(0, 0, 0, 1), side=32), tmp_path / "judge")
+    paths = {"base": tiny_base_folder, "judge": tmp_path / "judge", "sprites": sprites}
+    paths |= {"out": tmp_path / "out", "cache": tmp_path / "cache"}
+    given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    return ["study", str(tmp_path / "study.yaml"), *given, "--device", "cpu"]
+
+
+def test_a_study_from_the_command_line(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, [*flags, "--json", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    table = results["tables"]["all concepts"]
+    assert list(table) == ["base", "drawn", "plain", "spl"]
+    assert table["spl"]["composition"]["n"] == 2 * 8 * 2
+    assert table["spl"]["worn"]["of"] == "pictures, 2 concepts x 4 prompts x 2 seeds"
+    assert results["tables"]["report on"]["spl"]["composition"]["n"] == 16
+    assert set(results["kinds"]["report on"]["plain"]) == {
+        "worn", "scene", "doing", "worn and doing", "held-out triples",
+    }  # fmt: skip
+    assert len(list((tmp_path / "cache" / "concepts").iterdir())) == 4
+    rows = list(csv.DictReader((tmp_path / "out" / "pictures.csv").open()))
+    assert len(rows) == 4 * 2 * 8 * 2
+    assert {row["setting"] for row in rows if row["kind"] == "worn"} == {"nan"}
+    right = [float(row["composition"]) for row in rows if row["method"] == "spl" and row["concept"] == "robot"]
+    assert 100 * sum(right) / 16 == pytest.approx(results["tables"]["report on"]["spl"]["composition"]["value"])
+    assert "report on (robot)" in capsys.readouterr().out
+
+
+def test_what_is_there_is_not_made_again(flags: list[str], tmp_path: Path) -> None:
+    assert run_main(main, [*flags, "--quiet"]) == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*") if path.is_file()}
+    gone = sorted((tmp_path / "cache" / "pictures").glob("robot-*.npy"))[0]
+    gone.unlink()
+    assert run_main(main, [*flags, "--quiet"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == first
+    again = {path for path, time in made.items() if path.stat().st_mtime_ns != time and path.suffix != ".lock"}
+    assert again == {gone, gone.with_suffix(".json")}
+
+    assert run_main(main, [*flags, "--quiet", "seeds=1"]) == 0
+    concepts = {path for path in made if path.name == "concept.safetensors"}
+    assert len(concepts) == 4 and all(path.stat().st_mtime_ns == made[path] for path in concepts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["choose_on=[wolf]"], "concepts wolf: must be some of dog"),
+        (["choose_on=[robot]"], "each only once"),
+        (["against=nothing"], "against=nothing: must be one of base"),
+        (["training=[stepz=3]"], "did you mean steps"),
+        (["training=[token=abc]"], "token: is set by the study itself"),
+        (["methods=[{name: a, checkpoints: [500]}]", "against="], "must be from 1 to below"),
+        (["methods=[{name: a, source: base, settings: [steps=3]}]", "against="], "trains nothing"),
+        (["films={methods: [none]}"], "films.methods none"),
+        (["prompts=9"], "prompts=9"),
+        (["--sprites", "nowhere"], "no sprites in nowhere"),
+        (["films={methods: [plain]}"], "no motion modules"),
+        (["another.yaml"], "2 files of settings"),
+    ],
+)
+def test_bad_input(flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, [*flags, *change]) == 2
+    assert message in capsys.readouterr().err
