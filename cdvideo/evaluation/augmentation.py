@@ -90,12 +90,13 @@ def move(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels_BCHW, grid_BHW2, padding_mode="reflection", align_corners=False)
 
 
-def shift_colours(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Other contrast, saturation, brightness and white balance."""
+def shift_colours(pixels_BCHW: Tensor, generator: torch.Generator, *, strength: float = 1.0) -> Tensor:
+    """Other contrast, saturation, brightness and white balance; `strength` 0 changes nothing."""
+    s = strength
     grey_B1HW = pixels_BCHW.mean(dim=1, keepdim=True)
-    pixels_BCHW = grey_B1HW + (pixels_BCHW - grey_B1HW) * _uniform(pixels_BCHW, 0.6, 1.4, generator)
-    pixels_BCHW = pixels_BCHW * _uniform(pixels_BCHW, 0.75, 1.2, generator)
-    return (pixels_BCHW + _uniform(pixels_BCHW, -0.15, 0.15, generator, channels=3)).clamp(-1, 1)
+    pixels_BCHW = grey_B1HW + (pixels_BCHW - grey_B1HW) * _uniform(pixels_BCHW, 1 - 0.4 * s, 1 + 0.4 * s, generator)
+    pixels_BCHW = pixels_BCHW * _uniform(pixels_BCHW, 1 - 0.25 * s, 1 + 0.2 * s, generator)
+    return (pixels_BCHW + s * _uniform(pixels_BCHW, -0.15, 0.15, generator, channels=3)).clamp(-1, 1)
 
 
 def blur(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:

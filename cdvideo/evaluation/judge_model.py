@@ -59,6 +59,15 @@ class Block(nn.Module):
         return F.relu(x_BCHW + self.norm2(self.conv2(inner_BCHW)))
 
 
+def make_stages(widths: tuple[int, ...], blocks: tuple[int, ...]) -> nn.Sequential:
+    """Stages of residual blocks, each after a convolution that halves the side."""
+    stages: list[nn.Module] = []
+    for before, width, count in zip((3, *widths), widths, blocks, strict=False):
+        down = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
+        stages += [down, nn.BatchNorm2d(width), nn.ReLU(), *(Block(width) for _ in range(count))]
+    return nn.Sequential(*stages)
+
+
 class Judge(nn.Module):
     """Residual network with one linear head each for subject, thing worn and setting.
 
@@ -73,20 +82,13 @@ class Judge(nn.Module):
     def __init__(self, *, widths: tuple[int, ...], blocks: tuple[int, ...], side: int) -> None:
         super().__init__()
         self.widths, self.blocks, self.side = tuple(widths), tuple(blocks), side
-        stages: list[nn.Module] = []
-        for before, width, count in zip((3, *widths), widths, blocks, strict=False):
-            down = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
-            stages += [down, nn.BatchNorm2d(width), nn.ReLU(), *(Block(width) for _ in range(count))]
-        self.stages = nn.Sequential(*stages)
+        self.stages = make_stages(widths, blocks)
         self.heads = nn.ModuleDict({head: nn.Linear(widths[-1], len(names)) for head, names in CLASSES.items()})
         self.register_buffer("temperature_H", torch.ones(len(HEADS)))
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """features_BD of pixels in [-1, 1] of any size."""
-        if pixels_BCHW.shape[-2:] != (self.side, self.side):
-            size = (self.side, self.side)
-            pixels_BCHW = F.interpolate(pixels_BCHW, size, mode="bilinear", antialias=True, align_corners=False)
-        return self.stages(pixels_BCHW).mean(dim=(2, 3))
+        return self.stages(to_side(pixels_BCHW, self.side)).mean(dim=(2, 3))
 
     def forward(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits by head, uncalibrated."""
@@ -113,6 +115,13 @@ class Judge(nn.Module):
             confidence.append(torch.stack([b.values for b in best], dim=1).cpu())
             features.append(features_BD.cpu())
         return Verdicts(torch.cat(labels), torch.cat(confidence), torch.cat(features))
+
+
+def to_side(pixels_BCHW: Tensor, side: int) -> Tensor:
+    """Square pictures of that side; as they are where they have it."""
+    if pixels_BCHW.shape[-2:] == (side, side):
+        return pixels_BCHW
+    return F.interpolate(pixels_BCHW, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def label_indices(labels: Mapping[str, str]) -> list[int]:

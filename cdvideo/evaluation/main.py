@@ -12,6 +12,7 @@ from pathlib import Path
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.evaluation.config import JudgeConfig, ReportConfig
+from cdvideo.evaluation.identity_main import identity_parser, train_identity_command
 from cdvideo.evaluation.study_main import study_command, study_parser
 from cdvideo.runs import require_writable
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     runners = {
         "base": (_base_parser(commands), _measure_base),
         "train-judge": (_judge_parser(commands), _train_judge),
+        "train-identity": (identity_parser(commands), train_identity_command),
         "study": (study_parser(commands), study_command),
     }
     if not argv or argv[0] not in runners:
