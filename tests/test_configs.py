@@ -11,18 +11,23 @@ import yaml
 from cdvideo.config import load_config, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CLASSES = {
+CLASSES = {  # how a file's path begins; the longest that fits
     "animate": "cdvideo.sampling.config.AnimateConfig",
     "base": "cdvideo.world.config.MakeBaseConfig",
     "concept": "cdvideo.concept.config.ConceptConfig",
-    "evaluation": "cdvideo.evaluation.config.ReportConfig",
+    "evaluate": "cdvideo.evaluation.study_config.StudyConfig",
+    "evaluate/base_": "cdvideo.evaluation.config.ReportConfig",
 }
 GIVEN = {"animate": ["prompt=a dog"]}  # what has no default
 FILES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.y*ml"))
 
 
-def config_class(folder: str) -> type:
-    module, _, name = CLASSES[folder].rpartition(".")
+def kind_of(file: str) -> str:
+    return max((start for start in CLASSES if file.startswith(start)), key=len)
+
+
+def config_class(kind: str) -> type:
+    module, _, name = CLASSES[kind].rpartition(".")
     return getattr(import_module(module), name)
 
 
@@ -32,8 +37,8 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_config_validates(file: str) -> None:
-    folder = Path(file).parts[0]
-    config = load_config(config_class(folder), file=CONFIGS / file, overrides=GIVEN.get(folder, []))
+    kind = kind_of(file)
+    config = load_config(config_class(kind), file=CONFIGS / file, overrides=GIVEN.get(kind, []))
     written = yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))
     assert written, "it sets nothing"
     assert written.keys() <= yaml.safe_load(to_yaml(config)).keys()
@@ -44,9 +49,9 @@ def test_config_says_what_it_is_for(file: str) -> None:
     assert (CONFIGS / file).read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("folder", sorted(CLASSES))
-def test_defaults_are_valid_and_survive_yaml(folder: str, tmp_path: Path) -> None:
-    defaults = load_config(config_class(folder), overrides=GIVEN.get(folder, []))
+@pytest.mark.parametrize("kind", sorted(CLASSES))
+def test_defaults_are_valid_and_survive_yaml(kind: str, tmp_path: Path) -> None:
+    defaults = load_config(config_class(kind), overrides=GIVEN.get(kind, []))
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(defaults), encoding="utf-8")
-    assert load_config(config_class(folder), file=file) == defaults
+    assert load_config(config_class(kind), file=file) == defaults

@@ -97,6 +97,8 @@ class StudyConfig:
     """ "tiny" is the embedded base; or a folder in diffusers' layout."""
     judge: Path | None = None
     """The judge's folder; null is the one that ships."""
+    identity: Path | None = None
+    """The identity encoder's folder; null is the one that ships, where there is one."""
     sprites: Path = Path(".sprites")
     """The world's drawings, for the pictures that concepts are learned from."""
     cache: Path = Path(".cache/study")

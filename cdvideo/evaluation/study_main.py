@@ -21,6 +21,7 @@ def study_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
     )
     parser.add_argument("--base", metavar="NAME", help="tiny (the embedded one), or a folder in diffusers' layout")
     parser.add_argument("--judge", metavar="FOLDER", help="the judge (the one that ships)")
+    parser.add_argument("--identity", metavar="FOLDER", help="the identity encoder (the one that ships)")
     parser.add_argument("--sprites", metavar="FOLDER", help="the world's drawings (.sprites)")
     parser.add_argument("--cache", metavar="FOLDER", help="concepts, pictures and scores, shared by all studies")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")

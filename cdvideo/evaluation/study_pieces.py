@@ -25,10 +25,18 @@ from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
 from cdvideo.evaluation.bench import fit
 from cdvideo.evaluation.drawing import Pictures
+from cdvideo.evaluation.identity_model import IDENTITY, WEIGHTS_FILE, load_identity
 from cdvideo.evaluation.judge_model import JUDGE, Judge, load_judge
 from cdvideo.evaluation.study_config import MethodConfig, StudyConfig
 from cdvideo.evaluation.study_prompts import StudyPrompt, study_prompts
-from cdvideo.evaluation.study_scores import EncodeImages, Scores, judge_hash, score_films, score_pictures
+from cdvideo.evaluation.study_scores import (
+    EncodeImages,
+    Scores,
+    encode_with,
+    score_films,
+    score_pictures,
+    weights_digest,
+)
 from cdvideo.media.images import Picture
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
@@ -90,7 +98,12 @@ def open_study(config: StudyConfig) -> StudyBench:
             )
         motion = load_motion(base.path / "motion", device=device, dtype=base.dtype)
     trainee = load_base(config.base, device=device)
-    return StudyBench(config, trainee, base, motion, judge, {}, {}, sprites)
+    encoders, names = {}, {}
+    if config.identity is not None or (IDENTITY / WEIGHTS_FILE).is_file():
+        net = load_identity(config.identity or IDENTITY, device=device)
+        encoders["identity"] = encode_with(net)
+        names["identity"] = f"an encoder trained on other individuals of the world, {weights_digest(net)}"
+    return StudyBench(config, trainee, base, motion, judge, encoders, names, sprites)
 
 
 def pieces(config: StudyConfig) -> list[Piece]:
@@ -137,11 +150,11 @@ def train(bench: StudyBench, piece: Piece) -> Path:
     if (folder / CONCEPT_FILE).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    snapshots: dict[str, Any] = {"snapshots": piece.method.checkpoints} if piece.method.checkpoints else {}
     start = time.perf_counter()
     with open_run(folder) as run:
         run.write_text("config.yaml", to_yaml(config))
-        train_concept(bench.trainee, pictures, config, run, resume=True, quiet=True, **snapshots)
+        snapshots = piece.method.checkpoints
+        train_concept(bench.trainee, pictures, config, run, snapshots=snapshots, resume=True, quiet=True)
         run.write_text("made.json", json.dumps(_made(bench.trainee, start)))
     return folder
 
@@ -179,7 +192,7 @@ def score(bench: StudyBench, piece: Piece) -> tuple[Path, Scores]:
     prompts, _ = asked(bench.config, piece)
     facts: dict[str, Any] = {
         "pictures": file.stem,
-        "judge": judge_hash(bench.judge),
+        "judge": weights_digest(bench.judge),
         "encoders": dict(bench.encoder_names),
     }
     facts |= {"asked": [str(prompt) for prompt in prompts], "references": _digest(pictures)}

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from cdvideo.evaluation.bench import to_pixels
 from cdvideo.evaluation.drawing import Pictures
+from cdvideo.evaluation.identity_model import IdentityNet
 from cdvideo.evaluation.judge_model import CLASSES, HEADS, Judge, Verdicts
 from cdvideo.evaluation.metrics import dis_flow, flow_magnitude, subject_consistency
 from cdvideo.evaluation.study_prompts import StudyPrompt
@@ -101,13 +104,24 @@ def diversity(unit_BD: Features, prompts: Sequence[StudyPrompt]) -> Features:
     return 1 - np.where(same_BB, cosine_BB, 0).sum(axis=1) / others_B
 
 
+def encode_with(net: IdentityNet) -> EncodeImages:
+    """The identity encoder, as scores take it."""
+
+    @torch.inference_mode()
+    def encode(images_BHWC: Pictures) -> Features:
+        device = next(net.parameters()).device
+        return np.concatenate([net(part.to(device)).cpu().numpy() for part in to_pixels(images_BHWC).split(64)])
+
+    return encode
+
+
 def unit(features_BD: Features) -> Features:
     return features_BD / np.linalg.norm(features_BD, axis=1, keepdims=True)
 
 
-def judge_hash(judge: Judge) -> str:
-    """What tells one judge from another: a short digest of its weights."""
+def weights_digest(model: nn.Module) -> str:
+    """What tells one instrument from another of its kind: a short digest of its weights."""
     digest = hashlib.sha256()
-    for tensor in judge.state_dict().values():
+    for tensor in model.state_dict().values():
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:10]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdvideo.cli import run_main
+from cdvideo.evaluation.identity_model import IdentityNet, save_identity
 from cdvideo.evaluation.judge_model import Judge, save_judge
 from cdvideo.evaluation.main import main
 
@@ -20,7 +21,7 @@ methods:
   - {name: base, source: base}
   - {name: drawn, source: renders}
   - {name: plain, settings: [semantic.weight=0]}
-  - {name: spl, settings: [semantic.weight=1]}
+  - {name: spl, settings: [semantic.weight=1], checkpoints: [1]}
 against: plain
 prompts: 2
 seeds: 2
@@ -34,7 +35,8 @@ def flags(tmp_path: Path, tiny_base_folder: Path, sprites: Path) -> list[str]:
     """The study's file and all that it needs, with an untrained judge."""
     (tmp_path / "study.yaml").write_text(SMALL)
     save_judge(Judge(widths=(4, 4, 4, 8), blocks=(0, 0, 0, 1), side=32), tmp_path / "judge")
-    paths = {"base": tiny_base_folder, "judge": tmp_path / "judge", "sprites": sprites}
+    save_identity(IdentityNet(widths=(4, 4, 4, 8), blocks=(0, 0, 0, 1), width=6, side=32), tmp_path / "identity")
+    paths = {"base": tiny_base_folder, "sprites": sprites} | {n: tmp_path / n for n in ("judge", "identity")}
     paths |= {"out": tmp_path / "out", "cache": tmp_path / "cache"}
     given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
     return ["study", str(tmp_path / "study.yaml"), *given, "--device", "cpu"]
@@ -52,11 +54,15 @@ def test_a_study_from_the_command_line(flags: list[str], tmp_path: Path, capsys:
     assert set(results["kinds"]["report on"]["plain"]) == {
         "worn", "scene", "doing", "worn and doing", "held-out triples",
     }  # fmt: skip
+    assert -1 <= table["drawn"]["identity"]["value"] <= table["drawn"]["identity, nearest"]["value"] <= 1
+    assert list(results["checkpoints"]) == ["spl"] and list(results["checkpoints"]["spl"]) == ["1"]
+    assert results["against"]["report on"]["spl"]["identity / plain"]["unit"] == "x"
     assert len(list((tmp_path / "cache" / "concepts").iterdir())) == 4
     rows = list(csv.DictReader((tmp_path / "out" / "pictures.csv").open()))
-    assert len(rows) == 4 * 2 * 8 * 2
+    assert len(rows) == 5 * 2 * 8 * 2
     assert {row["setting"] for row in rows if row["kind"] == "worn"} == {"nan"}
-    right = [float(row["composition"]) for row in rows if row["method"] == "spl" and row["concept"] == "robot"]
+    last = [row for row in rows if row["method"] == "spl" and row["concept"] == "robot" and row["step"] == "last"]
+    right = [float(row["composition"]) for row in last]
     assert 100 * sum(right) / 16 == pytest.approx(results["tables"]["report on"]["spl"]["composition"]["value"])
     assert "report on (robot)" in capsys.readouterr().out
 
