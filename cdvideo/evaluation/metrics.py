@@ -48,6 +48,22 @@ def dis_flow() -> Flow:
     return lambda before_HW, after_HW: search.calc(before_HW, after_HW, None)  # type: ignore[call-overload]
 
 
+def copying(unit_BD: Floats, references_RD: Floats) -> Floats:
+    """How much nearer each drawn picture is to one of the concept's own than these are to each other.
+
+    The largest cosine to one of the concept's pictures, less the mean over these of their largest cosine to another of
+    them. About 0 or below: as different as they are themselves. Above: drawn after one of them. The features must see
+    the whole picture; for those of identity alone every good likeness is a copy.
+
+    Args:
+        unit_BD: unit features of drawn pictures.
+        references_RD: unit features of the concept's pictures, two at least.
+    """
+    assert len(references_RD) >= 2, "copying is measured against what two pictures have in common"
+    among_RR = references_RD @ references_RD.T - 3 * np.eye(len(references_RD))
+    return (unit_BD @ references_RD.T).max(axis=1) - among_RR.max(axis=1).mean()
+
+
 def class_margins(features: Sequence[Floats]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How well classes keep together in a feature space.
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cdvideo.evaluation.metrics import class_margins, dis_flow, flow_magnitude, psnr, subject_consistency
+from cdvideo.evaluation.metrics import class_margins, copying, dis_flow, flow_magnitude, psnr, subject_consistency
 
 
 def test_psnr_by_hand() -> None:
@@ -75,3 +75,11 @@ def test_nearest_of_opposite_classes_is_negative() -> None:
     within, nearest = class_margins([up, -up])
     assert within == pytest.approx([1, 1])
     assert nearest == pytest.approx([-1, -1])
+
+
+def test_a_copy_is_nearer_to_a_picture_than_the_pictures_are_to_each_other() -> None:
+    references_RD = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
+    # each one's nearest: 0.8 to the second, 0.96 to the third, 0.96 to the second
+    level = (0.8 + 0.96 + 0.96) / 3
+    drawn_BD = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert np.allclose(copying(drawn_BD, references_RD), np.array([1.0, 0.8, -0.6]) - level)
