@@ -52,24 +52,37 @@ def train_concept_main(argv: Sequence[str]) -> None:
         run = open_run(config.out) if config.out else _create_run(config, resume=True)
         args.config = run.folder / "config.yaml"
         config = config_from_flags(ConceptConfig, args)
-    pictures = read_pictures(config.images or SAMPLE_PICTURES)
+    folders = {config.token: config.images or SAMPLE_PICTURES, **{other.token: other.images for other in config.others}}
+    pictures = {token: read_pictures(folder) for token, folder in folders.items()}
 
     from cdvideo.base.loader import load_base
     from cdvideo.concept.trainer import train_concept
     from cdvideo.concept.words import check_token, warn_of_unknown_words
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.prior import prior_pictures
 
     device = pick_device(config.device)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
-    check_token(base.tokenizer, config.token)
-    warn_of_unknown_words(base.tokenizer, config.class_word)
+    for token, class_word in config.class_words.items():
+        check_token(base.tokenizer, token)
+        warn_of_unknown_words(base.tokenizer, class_word)
     with run or _create_run(config) as run:
         run.write_text("config.yaml", to_yaml(config))
         if not args.quiet:
-            print(f'"{config.phrase}" from {len(pictures)} pictures, base {config.base} on {device}: {run.folder}')
+            told = ", ".join(f'"{config.phrases[token]}" from {len(of)} pictures' for token, of in pictures.items())
+            print(f"{told}, base {config.base} on {device}: {run.folder}")
         try:
             train_concept(
-                base, pictures, config, run, sample=_sampler(base, config), resume=args.resume, quiet=args.quiet
+                base,
+                pictures,
+                config,
+                run,
+                prior=prior_pictures(base, config, run.folder / "prior", quiet=args.quiet)
+                if config.preserve.prior_weight
+                else None,
+                sample=_sampler(base, config),
+                resume=args.resume,
+                quiet=args.quiet,
             )
         except KeyboardInterrupt:
             print(f"stopped; go on with: python scripts/train_concept.py --resume --out {run.folder}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.kv import attached, kv_projections, zero_deltas
 from cdvideo.concept.lora import layers_in_place, lora_factors, lora_layers, lora_paths, merged_weight
+from cdvideo.concept.losses import anchor_loss
 
 if TYPE_CHECKING:
     from cdvideo.concept.file import Concept
@@ -45,10 +46,11 @@ def make_adapter(unet: UNet2DConditionModel, config: AdapterConfig, *, seed: int
         return Adapter(deltas, lambda: attached(unet, deltas))
     if config.kind == "unet":
         deltas = {
-            name: torch.zeros_like(parameter, dtype=torch.float32).requires_grad_()
-            for name, parameter in parameters_by_delta(unet).items()
+            delta_name(name): torch.zeros_like(parameter, dtype=torch.float32).requires_grad_()
+            for name, parameter in unet.named_parameters()
         }
-        return Adapter(deltas, lambda: replaced(unet, _added(unet, deltas)))
+        changes = {name: deltas[delta_name(name)] for name, _ in unet.named_parameters()}
+        return Adapter(deltas, lambda: replaced(unet, _sums(unet, changes)))
     if config.kind == "lora":
         layers = lora_layers(unet, config, seed=seed)
         return Adapter(lora_factors(layers), lambda: layers_in_place(unet, layers))
@@ -76,23 +78,26 @@ def changed_parameters(unet: UNet2DConditionModel, concept: Concept) -> dict[str
 
     In the base's precision; the sums are made in float32.
     """
+    return _sums(unet, parameter_changes(unet, concept))
+
+
+def parameter_changes(unet: UNet2DConditionModel, concept: Concept) -> dict[str, Tensor]:
+    """What the concept adds to the UNet's parameters, by their names in the UNet; gradients reach its weights."""
     if concept.metadata.adapter != "lora":
-        return _added(unet, concept.weights)
+        names = _parameter_names(unet)
+        return {names[name]: delta for name, delta in concept.weights.items()}
     alpha = float(concept.metadata.adapter_settings["alpha"])
-    merged = {}
+    changes = {}
     for path in sorted(lora_paths(concept.weights)):
         weight = unet.get_submodule(path).weight
-        merged[f"{path}.weight"] = merged_weight(weight, concept.weights, path, alpha=alpha).to(weight.dtype)
-    return merged
+        changes[f"{path}.weight"] = merged_weight(weight, concept.weights, path, alpha=alpha) - weight.float()
+    return changes
 
 
-def relative_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
-    """The norm of the concept's change beside that of the weights that it changes; 0 where it changes none."""
-    parameters, change, own = dict(unet.named_parameters()), [], []
-    for name, tensor in changed_parameters(unet, concept).items():
-        change.append((tensor.float() - parameters[name].float()).square().sum())
-        own.append(parameters[name].float().square().sum())
-    return torch.stack(change).sum().div(torch.stack(own).sum()).sqrt() if change else torch.zeros(())
+def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
+    """`anchor_loss` of the concept: its change beside the weights that it changes; 0 where it changes none."""
+    changes, parameters = parameter_changes(unet, concept), dict(unet.named_parameters())
+    return anchor_loss([*changes.values()], [parameters[name] for name in changes]) if changes else torch.zeros(())
 
 
 def unfit_weights(unet: UNet2DConditionModel, concept: Concept) -> list[str]:
@@ -100,14 +105,15 @@ def unfit_weights(unet: UNet2DConditionModel, concept: Concept) -> list[str]:
     if concept.metadata.adapter == "lora":
         layers = dict(unet.named_modules())
         return [name for name, factor in concept.weights.items() if not _fits_layer(layers, name, factor)]
-    kv = concept.metadata.adapter == "kv"
-    places = {name: linear.weight for name, linear in kv_projections(unet).items()} if kv else parameters_by_delta(unet)
-    return [name for name, delta in concept.weights.items() if name not in places or places[name].shape != delta.shape]
+    places = {delta_name(name): parameter.shape for name, parameter in unet.named_parameters()}
+    if concept.metadata.adapter == "kv":
+        places = {name: places[name] for name in kv_projections(unet)}
+    return [name for name, delta in concept.weights.items() if places.get(name) != delta.shape]
 
 
-def parameters_by_delta(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """All parameters by the name of their change: `unet.<path>.delta` for weights, `unet.<path>.bias.delta`."""
-    return {f"unet.{name.removesuffix('.weight')}.delta": parameter for name, parameter in unet.named_parameters()}
+def delta_name(parameter: str) -> str:
+    """How the file calls the change of a parameter: `unet.<path>.delta` for a weight, `unet.<path>.bias.delta`."""
+    return f"unet.{parameter.removesuffix('.weight')}.delta"
 
 
 @contextmanager
@@ -130,14 +136,16 @@ def _split(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
         yield path, leaf, tensor
 
 
-def _added(unet: UNet2DConditionModel, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters plus their changes, by the parameters' names."""
-    changed = {}
-    for name, parameter in unet.named_parameters():
-        delta = deltas.get(f"unet.{name.removesuffix('.weight')}.delta")
-        if delta is not None:
-            changed[name] = (parameter.float() + delta.float()).to(parameter.dtype)
-    return changed
+def _parameter_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    return {delta_name(name): name for name, _ in unet.named_parameters()}
+
+
+def _sums(unet: UNet2DConditionModel, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters plus their changes, in the parameters' precision."""
+    parameters = dict(unet.named_parameters())
+    return {
+        name: (parameters[name].float() + change.float()).to(parameters[name].dtype) for name, change in changes.items()
+    }
 
 
 def _fits_layer(layers: Mapping[str, nn.Module], name: str, factor: Tensor) -> bool:

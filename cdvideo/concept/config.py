@@ -100,11 +100,47 @@ class SemanticConfig:
     variant: Literal["true_eos", "released"] = "true_eos"
     """`true_eos` pools at the end of the text, as the paper says. `released` repeats what the paper's code computes:
     one phrase, pooled at the concept's token, whose position embedding is dropped. For ablation only."""
+    form: Literal["point", "relation"] = "point"
+    """`point` pulls each of the concept's phrases to the same phrase of the class. `relation` keeps its cosines to all
+    other phrases of the class what they are for the class itself (as ACCORD does), and leaves free where it stands."""
+    margin: float = 0.0
+    """How large a distance, or a change of cosine, may be before it counts: room for what makes the thing itself."""
 
     def __post_init__(self) -> None:
+        point = self.form == "point"
         check(
             (self.weight >= 0, f"weight={self.weight}: must not be negative"),
             (self.phrases >= 1, f"phrases={self.phrases}: must be at least 1"),
+            (point or self.variant == "true_eos", f"form={self.form}: needs variant=true_eos, which has many phrases"),
+            (0 <= self.margin < 2, f"margin={self.margin}: must be in [0, 2)"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreserveConfig:
+    """What keeps the UNet, which SPL does not see, and the rows near the base. All off by default; 0 costs nothing."""
+
+    prior_weight: float = 0.0
+    """How much pictures of the class that the base drew itself count; beside the concept's pictures, as many of them
+    are in every step, which takes nearly twice the time (DreamBooth's prior preservation)."""
+    prior_images: int = 32
+    """Pictures of each class that are drawn for it, once. Custom Diffusion takes 200."""
+    output_weight: float = 0.0
+    """How much it counts that the tuned UNet predicts for the class prompt what the base does, on the concept's own
+    noisy latents (differential output preservation). Needs no pictures; a second pass, and one without gradients."""
+    anchor_weight: float = 0.0
+    """How much the squared norm of the weights' change counts, relative to that of the base's weights. 1% of change is
+    1e-4 here, so weights of 10 and more are felt."""
+    keep_norm: bool = False
+    """Bring each row back to the norm of the class word's embedding after every step: only its direction learns."""
+
+    def __post_init__(self) -> None:
+        check(
+            *(
+                (getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+                for name in ("prior_weight", "output_weight", "anchor_weight")
+            ),
+            (self.prior_images >= 1, f"prior_images={self.prior_images}: must be at least 1"),
         )
 
 
@@ -168,6 +204,32 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SubjectConfig:
+    """One more thing that a concept is to hold."""
+
+    images: Path
+    """A folder of 3 to 20 pictures of it."""
+    token: str
+    """The word that will stand for it; another one than those of the other subjects."""
+    class_word: str
+    """What kind of thing it is; may be that of another subject."""
+
+    def __post_init__(self) -> None:
+        check(*_rules_of_name(self.token, self.class_word))
+
+
+def _rules_of_name(token: str, class_word: str) -> tuple[tuple[bool, str], ...]:
+    return (
+        (TOKEN_FORM.fullmatch(token) is not None, f"token={token}: one word, a letter, then letters, digits or _"),
+        (bool(class_word.strip()), "class_word=: must not be empty"),
+        (
+            token.lower() not in class_word.lower().split(),
+            f"token={token}: must differ from class_word={class_word}",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConceptConfig:
     """One concept: what it is, from which pictures, on which base, for how long."""
 
@@ -177,6 +239,9 @@ class ConceptConfig:
     """The word that will stand for the thing. Must not be a word that the base knows."""
     class_word: str = "dog"
     """What kind of thing it is, in words that the base knows; several words are fine ("stuffed animal")."""
+    others: tuple[SubjectConfig, ...] = ()
+    """More things to learn at once, each with its own token and rows, and all with the same weights:
+    others=[{images: photos/tom, token: tom, class_word: cat}]. Prompts may then hold several of them."""
     base: str = "tiny"
     """The model to teach: "tiny" is the embedded one; else a folder in the diffusers layout, or a hub id."""
     steps: int = 400
@@ -192,24 +257,44 @@ class ConceptConfig:
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = AdapterConfig()
     semantic: SemanticConfig = SemanticConfig()
+    preserve: PreserveConfig = PreserveConfig()
     optim: OptimConfig = OptimConfig()
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self) -> None:
-        rules_of_token = "a letter, then letters, digits or _"
+        tokens = [self.token.lower(), *(other.token.lower() for other in self.others)]
         check(
-            (TOKEN_FORM.fullmatch(self.token) is not None, f"token={self.token}: one word, {rules_of_token}"),
-            (bool(self.class_word.strip()), "class_word=: must not be empty"),
-            (
-                self.token.lower() not in self.class_word.lower().split(),
-                f"token={self.token}: must differ from class_word={self.class_word}",
-            ),
+            *_rules_of_name(self.token, self.class_word),
+            (len(set(tokens)) == 1 + len(self.others), f"others: tokens must differ, they are {', '.join(tokens)}"),
             (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
             (self.seed >= 0, f"seed={self.seed}: must not be negative"),
             (self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: must be at least 1"),
+            (
+                self.adapter.kind != "token" or self.preserve.output_weight == self.preserve.anchor_weight == 0,
+                "preserve.output_weight, preserve.anchor_weight: must be 0 with adapter.kind=token, which leaves the "
+                "UNet as it is",
+            ),
         )
 
     @property
     def phrase(self) -> str:
         """How prompts name the concept: "sks dog"."""
         return f"{self.token} {self.class_word}"
+
+    @property
+    def class_words(self) -> dict[str, str]:
+        """The class word of every subject, by its token."""
+        return {self.token: self.class_word, **{other.token: other.class_word for other in self.others}}
+
+    @property
+    def phrases(self) -> dict[str, str]:
+        """How prompts name every subject, by its token."""
+        return {token: f"{token} {class_word}" for token, class_word in self.class_words.items()}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """What each term of the loss counts, by its name in the log; terms that count nothing are not computed."""
+        preserve = self.preserve
+        weights = {"prior": preserve.prior_weight, "output": preserve.output_weight, "anchor": preserve.anchor_weight}
+        weights = {"semantic": self.semantic.weight, **weights}
+        return {"denoise": 1.0, **{name: weight for name, weight in weights.items() if weight > 0}}

@@ -68,32 +68,70 @@ def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Rando
 
 
 @dataclass(frozen=True)
-class LatentCache:
-    """All variants as latents: latents_NCHW, masks_N1HW at the latents' resolution, and each one's size."""
+class Batch:
+    """What a step is shown: latents_BCHW, masks_B1HW, and for each a prompt, and the same prompt of the class alone."""
 
+    latents_BCHW: Tensor
+    masks_B1HW: Tensor
+    prompts: list[str]
+    class_prompts: list[str]
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """All variants of one subject as latents: latents_NCHW, masks_N1HW at the latents' resolution, each one's size.
+
+    `phrase` and `class_phrase` name the subject in prompts ("sks dog", "dog").
+    """
+
+    phrase: str
+    class_phrase: str
     latents_NCHW: Tensor
     masks_N1HW: Tensor
     sizes: tuple[Size, ...]
     templates: tuple[str, ...]
 
-    def draw(self, batch_size: int, phrase: str, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """A batch: latents_BCHW, masks_B1HW, and a prompt for each, drawn with a generator of the CPU."""
+    def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """A batch, drawn with a generator of the CPU."""
         picks = torch.randint(len(self.sizes), (batch_size,), generator=generator)
         wordings = torch.randint(len(self.templates), (batch_size,), generator=generator).tolist()
-        prompts = [
-            self._prompt(self.sizes[n], self.templates[t], phrase)
-            for n, t in zip(picks.tolist(), wordings, strict=True)
+        templates = [
+            self._template(self.sizes[n], self.templates[t]) for n, t in zip(picks.tolist(), wordings, strict=True)
         ]
         picks = picks.to(self.latents_NCHW.device)
-        return self.latents_NCHW[picks], self.masks_N1HW[picks], prompts
+        prompts, class_prompts = ([fill(t, phrase) for t in templates] for phrase in (self.phrase, self.class_phrase))
+        return Batch(self.latents_NCHW[picks], self.masks_N1HW[picks], prompts, class_prompts)
 
-    def _prompt(self, size: Size, template: str, phrase: str) -> str:
-        return fill(CLOSE_UP if size == "large" else template, phrase) + (FAR_AWAY if size == "small" else "")
+    def _template(self, size: Size, template: str) -> str:
+        return (CLOSE_UP if size == "large" else template) + (FAR_AWAY if size == "small" else "")
+
+
+def draw_mixed(caches: Sequence[LatentCache], batch_size: int, generator: torch.Generator) -> Batch:
+    """A batch from several subjects, each as likely as the others for every place in it."""
+    counts = torch.randint(len(caches), (batch_size,), generator=generator).bincount(minlength=len(caches)).tolist()
+    return joined([cache.draw(count, generator) for cache, count in zip(caches, counts, strict=True) if count])
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one."""
+    return Batch(
+        torch.cat([batch.latents_BCHW for batch in batches]),
+        torch.cat([batch.masks_B1HW for batch in batches]),
+        [prompt for batch in batches for prompt in batch.prompts],
+        [prompt for batch in batches for prompt in batch.class_prompts],
+    )
 
 
 @torch.no_grad()
 def cache_latents(
-    base: Base, pictures: Sequence[Picture], config: DataConfig, *, seed: int, quiet: bool = False
+    base: Base,
+    pictures: Sequence[Picture],
+    config: DataConfig,
+    *,
+    phrase: str,
+    class_phrase: str,
+    seed: int,
+    quiet: bool = False,
 ) -> LatentCache:
     """Encodes `config.variants` variants of every picture; the first of each is the picture as it is."""
     rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
@@ -107,4 +145,5 @@ def cache_latents(
     bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
     latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
     masks_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
-    return LatentCache(torch.cat(latents), masks_N1HW, tuple(v.size for v in variants), training_prompts(config.style))
+    sizes, templates = tuple(v.size for v in variants), training_prompts(config.style)
+    return LatentCache(phrase, class_phrase, torch.cat(latents), masks_N1HW, sizes, templates)

@@ -82,7 +82,16 @@ def initial_rows(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: s
     Returns:
         rows_KD.
     """
+    mean_D = _embeddings(text_encoder, tokenizer, words).mean(dim=0)
+    return mean_D.repeat(num_rows, 1).requires_grad_()
+
+
+def embedding_norm(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str) -> float:
+    """The mean norm of the embeddings of some words."""
+    return _embeddings(text_encoder, tokenizer, words).norm(dim=-1).mean().item()
+
+
+def _embeddings(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str) -> Tensor:
     ids = tokenizer(words, add_special_tokens=False).input_ids
     assert ids, f"no tokens in {words!r}"
-    mean_D = text_encoder.get_input_embeddings().weight[ids].detach().float().mean(dim=0)
-    return mean_D.repeat(num_rows, 1).requires_grad_()
+    return text_encoder.get_input_embeddings().weight[ids].detach().float()

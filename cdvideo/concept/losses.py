@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +25,9 @@ def denoising_loss(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tens
     return ((error_B1HW * mask_B1HW).sum(dim=(1, 2, 3)) / mask_B1HW.sum(dim=(1, 2, 3))).mean()
 
 
-def semantic_preservation_loss(concept_features_TD: Tensor, class_features_TD: Tensor) -> Tensor:
+def semantic_preservation_loss(
+    concept_features_TD: Tensor, class_features_TD: Tensor, *, margin: float = 0.0
+) -> Tensor:
     """How far the concept phrases stand from the class phrases in text space; in [0, 2], 0 for equal phrases.
 
     ClassDiffusion (Huang et al., arXiv 2405.17532), eq. 10: the cosine distance of the text features of "a sks dog"
@@ -31,5 +36,47 @@ def semantic_preservation_loss(concept_features_TD: Tensor, class_features_TD: T
     Args:
         concept_features_TD: Features of the phrases with the concept's token.
         class_features_TD: Features of the same phrases with the class word alone; taken as constants.
+        margin: What a phrase's distance may be; only what exceeds it counts.
     """
-    return (1 - F.cosine_similarity(concept_features_TD, class_features_TD.detach(), dim=-1)).mean()
+    distance_T = 1 - F.cosine_similarity(concept_features_TD, class_features_TD.detach(), dim=-1)
+    return (distance_T - margin).relu().mean()
+
+
+def semantic_relation_loss(
+    concept_features_TD: Tensor, class_features_UD: Tensor, phrases_T: Tensor, *, margin: float = 0.0
+) -> Tensor:
+    """How far the concept phrases' relations to the class's phrases differ from the class's own; in [0, 2].
+
+    The mean over t and u != t of |cos(concept_t, class_u) - cos(class_t, class_u)|, after ACCORD's prior-relation term
+    (ICLR 2026), which keeps the relation of concept and class prompts to general ones instead of pulling the one onto
+    the other.
+
+    Args:
+        concept_features_TD: Features of phrases with the concept's token.
+        class_features_UD: Features of all phrases with the class word alone; taken as constants.
+        phrases_T: Which of the U phrases each of the T is.
+        margin: What a cosine may change by; only what exceeds it counts.
+    """
+    class_UD = F.normalize(class_features_UD.detach(), dim=-1)
+    change_TU = (F.normalize(concept_features_TD, dim=-1) - class_UD[phrases_T]) @ class_UD.T
+    excess_TU = (change_TU.abs() - margin).relu()
+    return excess_TU.scatter(1, phrases_T[:, None], 0.0).sum() / (excess_TU.numel() - len(phrases_T))
+
+
+def output_preservation_loss(prediction_BCHW: Tensor, base_prediction_BCHW: Tensor) -> Tensor:
+    """Squared error of the tuned UNet's prediction to the base's, both for class prompts and on the same noisy latents.
+
+    Differential output preservation (kohya's sd-scripts, pull request 1710); as a prior on the model's output it is
+    DreamBooth's preservation term (arXiv 2208.12242, eq. 2) with the base's predictions in place of its pictures.
+    """
+    return F.mse_loss(prediction_BCHW.float(), base_prediction_BCHW.detach().float())
+
+
+def anchor_loss(changes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The squared norm of the changes of all weights, relative to that of the base's own weights.
+
+    Preserve & Personalize (ICLR 2026) penalises |theta - theta_0|^2 in place of prior pictures; divided by
+    |theta_0|^2 one weight serves adapters of every kind and size.
+    """
+    change = torch.stack([tensor.float().square().sum() for tensor in changes]).sum()
+    return change / torch.stack([tensor.detach().float().square().sum() for tensor in weights]).sum()

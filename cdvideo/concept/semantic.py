@@ -1,4 +1,4 @@
-"""The semantic preservation loss bound to one concept: which phrases, which features, which class."""
+"""The semantic preservation loss bound to a concept: which phrases, which features, which classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 from cdvideo.base.loader import Base
 from cdvideo.base.text import TokenRows, encode_text, tokenize
 from cdvideo.concept.config import ConceptConfig
-from cdvideo.concept.losses import semantic_preservation_loss
+from cdvideo.concept.losses import semantic_preservation_loss, semantic_relation_loss
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
 
 
@@ -27,7 +27,7 @@ def phrase_features(base: Base, phrases: list[str], rows: TokenRows | None = Non
 
 
 class SemanticPreservation:
-    """L_SPL as a function of the token's rows. The class features are constants, computed once."""
+    """L_SPL as a function of the tokens' rows. The class features are constants, computed once."""
 
     def __init__(self, base: Base, config: ConceptConfig) -> None:
         self.base, self.config = base, config
@@ -35,31 +35,49 @@ class SemanticPreservation:
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
         with torch.no_grad():
-            self.class_features_TD = phrase_features(base, [fill(t, config.class_word) for t in self.templates])
+            self.class_features = {
+                token: phrase_features(base, [fill(t, class_word) for t in self.templates])
+                for token, class_word in config.class_words.items()
+            }
 
-    def __call__(self, rows_KD: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss over a draw of the phrases.
+    def __call__(self, rows: TokenRows, generator: torch.Generator) -> Tensor:
+        """The loss over a draw of the phrases, averaged over the subjects.
 
         Args:
-            rows_KD: The token's rows; the only input that receives a gradient.
+            rows: The tokens' rows; the only input that receives a gradient.
             generator: Draws the phrases; a generator of the CPU.
         """
-        if self.config.semantic.variant == "released":
-            return semantic_preservation_loss(self._released_features(rows_KD), self.class_features_TD)
-        drawn = torch.randperm(len(self.templates), generator=generator)[: self.config.semantic.phrases].tolist()
-        phrases = [fill(self.templates[i], self.config.phrase) for i in drawn]
-        features_TD = phrase_features(self.base, phrases, {self.config.token: rows_KD})
-        return semantic_preservation_loss(features_TD, self.class_features_TD[drawn])
+        semantic = self.config.semantic
+        if semantic.variant == "released":
+            losses = [
+                semantic_preservation_loss(self._released_feature(token, rows), class_TD, margin=semantic.margin)
+                for token, class_TD in self.class_features.items()
+            ]
+            return torch.stack(losses).mean()
+        drawn_T = torch.randperm(len(self.templates), generator=generator)[: semantic.phrases]
+        phrases = [fill(self.templates[t], phrase) for phrase in self.config.phrases.values() for t in drawn_T.tolist()]
+        features = phrase_features(self.base, phrases, rows).chunk(len(self.class_features))
+        losses = [
+            self._loss(concept_TD, class_UD, drawn_T.to(class_UD.device))
+            for concept_TD, class_UD in zip(features, self.class_features.values(), strict=True)
+        ]
+        return torch.stack(losses).mean()
 
-    def _released_features(self, rows_KD: Tensor) -> Tensor:
-        """The concept's feature as ClassDiffusion's released code has it, for one phrase.
+    def _loss(self, concept_TD: Tensor, class_UD: Tensor, drawn_T: Tensor) -> Tensor:
+        margin = self.config.semantic.margin
+        if self.config.semantic.form == "relation":
+            return semantic_relation_loss(concept_TD, class_UD, drawn_T, margin=margin)
+        return semantic_preservation_loss(concept_TD, class_UD[drawn_T], margin=margin)
+
+    def _released_feature(self, token: str, rows: TokenRows) -> Tensor:
+        """A subject's feature as ClassDiffusion's released code has it, for one phrase.
 
         Its pooling takes the highest token id, which is the new token's, so it reads the concept's own position; and it
         writes the token's rows over the sum of token and position embedding. Subtracting the position beforehand does
         the same.
         """
-        token, text_encoder = self.config.token, self.base.text_encoder
-        phrase = fill(self.templates[0], self.config.phrase)
+        rows_KD, text_encoder = rows[token], self.base.text_encoder
+        phrase = fill(self.templates[0], self.config.phrases[token])
         batch = tokenize(self.base.tokenizer, [phrase], tokens={token: len(rows_KD)})
         at = [slot.at for slot in batch.slots]
         positions_KD = _position_embedding(text_encoder).weight[at]

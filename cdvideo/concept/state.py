@@ -28,7 +28,6 @@ class TrainState:
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    generator: torch.Generator
     settings: Mapping[str, str]
 
     def save(self, path: Path, step: int) -> None:
@@ -36,7 +35,6 @@ class TrainState:
         tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self.parameters.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-        tensors["generator"] = self.generator.get_state()
         metadata = {"step": step, "settings": dict(self.settings), "scaler": self.scaler.state_dict()}
         with atomic_path(path) as part:
             part.write_bytes(save(tensors, metadata={"state": json.dumps(metadata)}))
@@ -75,7 +73,6 @@ class TrainState:
             moments.setdefault(int(index), {})[moment] = tensors[name]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.scaler.load_state_dict(metadata["scaler"])
-        self.generator.set_state(tensors["generator"])
         return int(metadata["step"])
 
 

@@ -1,7 +1,8 @@
 """Concept training: the one loop, from cached latents to a concept file's content.
 
-L = L_denoise + weight * L_SPL, minimised over the adapter's weights and the token's own rows (ClassDiffusion,
-arXiv 2405.17532, on top of Custom Diffusion, arXiv 2212.04488, or of another adapter). Nothing else is ever written.
+L = L_denoise + weight * L_SPL + what else is to preserve the base, minimised over the adapter's weights and the tokens'
+own rows (ClassDiffusion, arXiv 2405.17532, on top of Custom Diffusion, arXiv 2212.04488, or of another adapter).
+Nothing else is ever written.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,9 +21,9 @@ from tqdm import tqdm
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import Adapter, make_adapter, relative_change
-from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
-from cdvideo.concept.data import cache_latents
+from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
+from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig
+from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import (
     Concept,
@@ -32,8 +33,8 @@ from cdvideo.concept.file import (
     public_base_name,
     save_concept,
 )
-from cdvideo.concept.kv import initial_rows
-from cdvideo.concept.losses import denoising_loss
+from cdvideo.concept.kv import embedding_norm, initial_rows
+from cdvideo.concept.losses import denoising_loss, output_preservation_loss
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
 from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
@@ -42,27 +43,31 @@ from cdvideo.media.images import Picture, contact_sheet
 from cdvideo.runs import Run, atomic_path
 
 Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
+Pictures: TypeAlias = Mapping[str, Sequence[Picture]]
 DRIFT_EVERY = 10  # steps
 SNAPSHOT_FILE = "concept_{:05d}.safetensors"
 
 
 def train_concept(
     base: Base,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture] | Pictures,
     config: ConceptConfig,
     run: Run,
     *,
+    prior: Pictures | None = None,
     sample: Sampler | None = None,
     snapshots: Sequence[int] = (),
     resume: bool = False,
     quiet: bool = False,
 ) -> Concept:
-    """Learns one concept from its pictures, and writes metrics.jsonl, contact sheets and the concept file into the run.
+    """Learns a concept from its pictures, and writes metrics.jsonl, contact sheets and the concept file into the run.
 
     Args:
         base: Frozen; bit-equal afterwards.
-        pictures: Of the one thing.
+        pictures: Of the one thing; of several things, by their tokens.
         run: Its folder; while training it also holds the resumable state.
+        prior: Pictures that the base draws of each class, by its class word, where `preserve.prior_weight` asks for
+            them (sampling/prior.py makes them).
         sample: Draws pictures of a concept for the contact sheets, from the same noise each time; None draws none.
         snapshots: Steps after which the concept, as it stands, is also kept as concept_<step>.safetensors.
         resume: Continue from the run's state, where there is one.
@@ -76,67 +81,86 @@ def train_concept(
         KeyboardInterrupt: After Ctrl-C, once the step has ended and the state is written.
     """
     assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
-    token, optim = config.token, config.optim
+    pictures = pictures if isinstance(pictures, Mapping) else {config.token: pictures}
+    optim, preserve, loss_weights = config.optim, config.preserve, config.loss_weights
     adapter = make_adapter(base.unet, config.adapter, seed=config.seed)
     concept = new_concept(base, config, adapter)
-    rows_KD = concept.tokens[token]
     scheduler = make_scheduler(base.scheduler_config)
-    cache = cache_latents(base, pictures, config.data, seed=config.seed, quiet=quiet)
+    caches = _cache_subjects(base, pictures, config, quiet=quiet)
+    prior_caches = _cache_prior(base, prior or {}, config, quiet=quiet) if preserve.prior_weight else []
     semantic_preservation = SemanticPreservation(base, config)
     drift = DriftMeter(base, config)
     if optim.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
 
-    weights, rows = [*adapter.weights.values()], [rows_KD] if config.adapter.train_rows else []
+    weights, rows = [*adapter.weights.values()], [*concept.tokens.values()] if config.adapter.train_rows else []
     groups = [
         {"params": weights, "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
         {"params": rows, "initial_lr": optim.token_lr, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    generator = torch.Generator().manual_seed(config.seed)
-    state = TrainState(
-        {**adapter.weights, token: rows_KD}, optimizer, scaler, generator, _fixed_settings(base, pictures, config)
-    )
+    settings = _fixed_settings(base, pictures, config)
+    state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
     state_file = run.folder / STATE_FILE
     start = _resume(state, run, config.steps) if resume else 0
+
+    def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str]) -> Tensor:
+        tokens = tokenize(base.tokenizer, prompts, tokens={token: len(r) for token, r in concept.tokens.items()})
+        text_BLD = encode_text(base.text_encoder, tokens, rows=concept.tokens).hidden_BLD
+        return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
     with deferred_interrupt() as interrupted, bar:
         if start == 0:
-            run.log({"step": 0, **_drift_metrics(base, concept, drift, rows_KD)})
+            run.log({"step": 0, **_drift_metrics(base, concept, drift, config)})
             _draw(sample, concept, config, run, step=0)
         for step in range(start + 1, config.steps + 1):
-            latents_BCHW, masks_B1HW, prompts = cache.draw(optim.batch_size, config.phrase, generator)
-            noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator).to(base.device)
+            generator = _step_generator(config.seed, step)
+            batch, size = draw_mixed(caches, optim.batch_size, generator), optim.batch_size
+            if prior_caches:  # the second half
+                batch = joined([batch, draw_mixed(prior_caches, size, generator)])
+            noise_BCHW = torch.randn(batch.latents_BCHW.shape, generator=generator).to(base.device)
             timesteps_B = torch.randint(
-                scheduler.config["num_train_timesteps"], (len(prompts),), generator=generator
+                scheduler.config["num_train_timesteps"], (len(batch.prompts),), generator=generator
             ).to(base.device)
-            noisy_BCHW = add_noise(scheduler, latents_BCHW, noise_BCHW, timesteps_B)
-            target_BCHW = training_target(scheduler, latents_BCHW, noise_BCHW, timesteps_B)
+            noisy_BCHW = add_noise(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
+            target_BCHW = training_target(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
+            of_class = noisy_BCHW[:size], timesteps_B[:size], batch.class_prompts[:size]
+            if preserve.output_weight:
+                with torch.no_grad():
+                    base_prediction_BCHW = predict(*of_class)
 
-            tokens = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD)})
-            text_BLD = encode_text(base.text_encoder, tokens, rows={token: rows_KD}).hidden_BLD
+            losses = {}
+            if preserve.anchor_weight:  # while the UNet has its own weights
+                losses["anchor"] = squared_change(base.unet, concept)
             with adapter.attached():
-                prediction_BCHW = base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
-                denoise = denoising_loss(prediction_BCHW, target_BCHW, masks_B1HW)
-                semantic = semantic_preservation(rows_KD, generator)
-                loss = denoise + config.semantic.weight * semantic
+                prediction_BCHW, masks_B1HW = predict(noisy_BCHW, timesteps_B, batch.prompts), batch.masks_B1HW
+                losses["denoise"] = denoising_loss(prediction_BCHW[:size], target_BCHW[:size], masks_B1HW[:size])
+                if config.semantic.weight:
+                    losses["semantic"] = semantic_preservation(concept.tokens, generator)
+                if preserve.prior_weight:
+                    losses["prior"] = denoising_loss(prediction_BCHW[size:], target_BCHW[size:], masks_B1HW[size:])
+                if preserve.output_weight:
+                    losses["output"] = output_preservation_loss(predict(*of_class), base_prediction_BCHW)
+                loss = torch.stack([loss_weights[name] * value for name, value in losses.items()]).sum()
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_([*weights, *rows], optim.grad_clip)
             # fp16's scaler skips steps with infinite gradients and lowers its scale; else they are a divergence.
             if not loss.isfinite() or not (norm.isfinite() or scaler.is_enabled()):
-                raise _diverged(step, denoise, semantic, config)
+                raise _diverged(step, losses, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_factor(step, steps=config.steps, decay=optim.decay)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            if preserve.keep_norm:
+                _keep_norm(base, concept)
 
-            metrics = {"loss_denoise": denoise.item(), "loss_semantic": semantic.item()}
+            metrics = {f"loss_{name}": value.item() for name, value in losses.items()}
             if step % DRIFT_EVERY == 0 or step == config.steps:
-                metrics |= _drift_metrics(base, concept, drift, rows_KD)
+                metrics |= _drift_metrics(base, concept, drift, config)
             run.log({"step": step, **metrics})
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")})
             bar.update()
@@ -151,6 +175,11 @@ def train_concept(
     return _finish(sample, concept, config, run)
 
 
+def _step_generator(seed: int, step: int) -> torch.Generator:
+    """Every step has its own, so that runs of one seed see the same batches, whatever their losses draw besides."""
+    return torch.Generator().manual_seed((1_000_003 * seed + step) % 2**32)
+
+
 def rate_factor(step: int, *, steps: int, decay: float) -> float:
     """What the learning rates are multiplied by at a step in [1, steps]: 1, then a linear fall over the last part."""
     return min(1.0, (steps - step + 1) / (decay * steps)) if decay else 1.0
@@ -158,11 +187,14 @@ def rate_factor(step: int, *, steps: int, decay: float) -> float:
 
 def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
     """The concept before its first step: trainable, and without any effect on the UNet."""
-    initialiser = config.adapter.initialiser or config.class_word
-    rows_KD = initial_rows(base.text_encoder, base.tokenizer, initialiser, config.adapter.num_rows)
+    starts = {token: config.adapter.initialiser or class_word for token, class_word in config.class_words.items()}
+    rows = {
+        token: initial_rows(base.text_encoder, base.tokenizer, words, config.adapter.num_rows)
+        for token, words in starts.items()
+    }
     metadata = ConceptMetadata(
-        class_words={config.token: config.class_word},
-        initialiser=initialiser,
+        class_words=config.class_words,
+        initialiser=starts[config.token],
         base_name=public_base_name(base.name),
         base_hash=base.hash,
         resolution=base.resolution,
@@ -171,29 +203,76 @@ def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
         lr=config.optim.lr,
         token_lr=config.optim.token_lr,
         seed=config.seed,
-        loss_weights={"denoise": 1.0, "semantic": config.semantic.weight},
+        loss_weights=config.loss_weights,
         sample_prompt=fill(config.sample.prompts[0], config.phrase),
         adapter=config.adapter.kind,
         adapter_settings=config.adapter.settings,
     )
-    return Concept(tokens={config.token: rows_KD}, weights=adapter.weights, metadata=metadata)
+    return Concept(tokens=rows, weights=adapter.weights, metadata=metadata)
+
+
+def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, quiet: bool) -> list[LatentCache]:
+    assert pictures.keys() == config.phrases.keys(), f"pictures of {list(pictures)}, tokens {list(config.phrases)}"
+    return [
+        cache_latents(
+            base,
+            pictures[token],
+            config.data,
+            phrase=phrase,
+            class_phrase=config.class_words[token],
+            seed=config.seed,
+            quiet=quiet,
+        )
+        for token, phrase in config.phrases.items()
+    ]
+
+
+def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: bool) -> list[LatentCache]:
+    """The base's own pictures of each class, as they are: what they teach the base, it knows already."""
+    plain = DataConfig(style=config.data.style, variants=1)
+    missing = set(config.class_words.values()) - prior.keys()
+    if missing:
+        raise UserError(
+            f"preserve.prior_weight={config.preserve.prior_weight:g} without pictures of {', '.join(sorted(missing))}",
+            allowed="prior: pictures that the base drew of each class, by class word",
+            do="draw them with cdvideo.sampling.prior.prior_pictures, or set preserve.prior_weight=0",
+        )
+    return [
+        cache_latents(base, prior[word], plain, phrase=word, class_phrase=word, seed=config.seed, quiet=quiet)
+        for word in dict.fromkeys(config.class_words.values())
+    ]
 
 
 @torch.no_grad()
-def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, rows_KD: Tensor) -> dict[str, float]:
+def _keep_norm(base: Base, concept: Concept) -> None:
+    """Brings every row back to the norm of its class word's embedding: drift that grows by norm alone is no meaning.
+
+    CoRe (arXiv 2408.15914) rescales the concept's embedding so; DTI (arXiv 2512.13672) learns its direction alone.
+    """
+    for token, rows_KD in concept.tokens.items():
+        norm = embedding_norm(base.text_encoder, base.tokenizer, concept.metadata.class_words[token])
+        rows_KD *= norm / rows_KD.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, config: ConceptConfig) -> dict[str, float]:
     """Where the concept's phrases stand to their class, and how far the UNet's weights have moved from the base's."""
-    change = relative_change(base.unet, concept).item()
-    return {"drift_cosine": drift(rows_KD), "class_cosine": drift.class_cosine, "weight_change": change}
+    change = squared_change(base.unet, concept).sqrt().item()
+    return {
+        "drift_cosine": drift(concept.tokens[config.token]),
+        "class_cosine": drift.class_cosine,
+        "weight_change": change,
+    }
 
 
 def _draw(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run, *, step: int) -> Tensor | None:
     """Writes the contact sheet of a step; returns its pictures, as frames_BHWC in [0, 255]."""
     if sample is None or config.sample.every == 0:
         return None
-    prompts = [fill(prompt, config.phrase) for prompt in config.sample.prompts]
+    prompts = [fill(prompt, phrase) for phrase in config.phrases.values() for prompt in config.sample.prompts]
     pixels_BCHW = sample(frozen_copy(concept), prompts)
     frames_BHWC = ((pixels_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
-    sheet = contact_sheet(frames_BHWC.numpy(), prompts, title=f"{config.phrase}, step {step}")
+    sheet = contact_sheet(frames_BHWC.numpy(), prompts, title=f"{', '.join(config.phrases.values())}, step {step}")
     with atomic_path(run.folder / f"samples_{step:05d}.png") as part:
         sheet.save(part)
     return frames_BHWC
@@ -226,22 +305,23 @@ def _resume(state: TrainState, run: Run, steps: int) -> int:
     return start
 
 
-def _fixed_settings(base: Base, pictures: Sequence[Picture], config: ConceptConfig) -> dict[str, str]:
+def _fixed_settings(base: Base, pictures: Pictures, config: ConceptConfig) -> dict[str, str]:
     """What must be equal for a run to be continued exactly, as texts by name."""
     settings = dataclasses.asdict(config)
     for free in ("images", "out", "device", "dtype", "base", "steps", "checkpoint_every", "sample"):
         del settings[free]
     digest = hashlib.sha256()
-    for picture in pictures:
+    for picture in (picture for of_subject in pictures.values() for picture in of_subject):
         digest.update(picture.image.tobytes())
     found = {"dtype": base.dtype, "weights of the base": base.hash, "pictures": digest.hexdigest()[:16]}
     return {name: str(value) for name, value in {**settings, **found}.items()}
 
 
-def _diverged(step: int, denoise: Tensor, semantic: Tensor, config: ConceptConfig) -> UserError:
+def _diverged(step: int, losses: Mapping[str, Tensor], config: ConceptConfig) -> UserError:
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     return UserError(
-        f"training diverged at step {step}: denoising loss {denoise.item():.3g}, semantic loss {semantic.item():.3g}, "
-        f"lr {config.optim.lr:g}, token_lr {config.optim.token_lr:g}; no concept was written",
+        f"training diverged at step {step}: losses {values}; lr {config.optim.lr:g}, token_lr "
+        f"{config.optim.token_lr:g}; no concept was written",
         allowed="finite losses and gradients",
         do="lower optim.lr and optim.token_lr, or compute with --dtype fp32",
     )

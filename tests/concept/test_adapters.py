@@ -14,8 +14,8 @@ from cdvideo.concept.adapters import (
     Adapter,
     changed_parameters,
     make_adapter,
-    relative_change,
     replaced,
+    squared_change,
     tuned,
     unfit_weights,
 )
@@ -131,7 +131,7 @@ def test_the_change_is_measured_beside_the_weights_that_it_changes(tiny_base: Ba
     _, concept = learned(tiny_base, config, "unet")
     for name, delta in concept.weights.items():
         delta.data = 0.25 * dict(tiny_base.unet.named_parameters())[_parameter(name)].detach()
-    assert relative_change(tiny_base.unet, concept).item() == pytest.approx(0.25, rel=1e-5)
+    assert squared_change(tiny_base.unet, concept).item() == pytest.approx(0.0625, rel=1e-5)
 
 
 def _parameter(delta: str) -> str:

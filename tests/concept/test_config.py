@@ -46,6 +46,14 @@ def test_every_config_file_loads_and_comes_back_equal(file: Path, tmp_path: Path
         "semantic.weight=-1",
         "semantic.phrases=0",
         "semantic.variant=pooled",
+        "semantic.form=circle",
+        "semantic.margin=-0.1",
+        "preserve.prior_weight=-1",
+        "preserve.prior_images=0",
+        "preserve.output_weight=-1",
+        "preserve.anchor_weight=-1",
+        "others=[{images: photos, token: two words, class_word: cat}]",
+        "others=[{images: photos, token: SKS, class_word: cat}]",
         "optim.batch_size=0",
         "optim.lr=0",
         "optim.token_lr=-1",
@@ -72,8 +80,21 @@ def test_a_class_of_several_words_makes_one_phrase() -> None:
     [
         (["adapter.kind=lora", "adapter.keys=locked"], "keys=locked"),
         (["adapter.kind=token", "adapter.train_rows=false"], "train_rows=false"),
+        (["adapter.kind=token", "preserve.output_weight=1"], r"preserve\.output_weight"),
+        (["semantic.variant=released", "semantic.form=relation"], "form=relation"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         load_config(ConceptConfig, overrides=overrides)
+
+
+def test_several_subjects_have_their_own_names() -> None:
+    config = load_config(ConceptConfig, overrides=["others=[{images: photos/tom, token: tom, class_word: cat}]"])
+    assert config.phrases == {"sks": "sks dog", "tom": "tom cat"}
+    assert config.class_words == {"sks": "dog", "tom": "cat"} and config.others[0].images == Path("photos/tom")
+
+
+def test_only_what_counts_is_a_term_of_the_loss() -> None:
+    config = load_config(ConceptConfig, overrides=["semantic.weight=0", "preserve.anchor_weight=3"])
+    assert config.loss_weights == {"denoise": 1.0, "anchor": 3.0}

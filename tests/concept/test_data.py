@@ -9,10 +9,11 @@ from PIL import Image
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
 from cdvideo.concept.config import DataConfig
-from cdvideo.concept.data import augment, cache_latents
+from cdvideo.concept.data import augment, cache_latents, draw_mixed
 from cdvideo.media.images import Picture
 
 CELL, SIZE = 8, 64
+NAMES = {"phrase": "sks dog", "class_phrase": "dog"}
 
 
 def half_red() -> Image.Image:
@@ -64,26 +65,47 @@ def test_a_large_variant_fills_the_canvas_and_counts_whole() -> None:
 
 def test_latents_are_cached_in_variants_with_the_plain_picture_first(tiny_base: Base, pictures: list[Picture]) -> None:
     config = DataConfig(variants=5, rescale=1)
-    cache = cache_latents(tiny_base, pictures, config, seed=3, quiet=True)
+    cache = cache_latents(tiny_base, pictures, config, seed=3, quiet=True, **NAMES)
     assert cache.latents_NCHW.shape == (15, 4, 8, 8) and cache.masks_N1HW.shape == (15, 1, 8, 8)
     plain = augment(pictures[1].image, 64, DataConfig(flip=False, rescale=0), random.Random(0), cell=8)
     assert torch.equal(cache.latents_NCHW[5], encode_pixels(tiny_base.vae, plain.pixels_CHW[None])[0])
-    again = cache_latents(tiny_base, pictures, config, seed=3, quiet=True)
+    again = cache_latents(tiny_base, pictures, config, seed=3, quiet=True, **NAMES)
     assert torch.equal(again.latents_NCHW, cache.latents_NCHW) and again.sizes == cache.sizes
-    assert cache_latents(tiny_base, pictures, config, seed=4, quiet=True).sizes != cache.sizes
+    assert cache_latents(tiny_base, pictures, config, seed=4, quiet=True, **NAMES).sizes != cache.sizes
 
 
 def test_prompts_tell_the_size(tiny_base: Base, pictures: list[Picture]) -> None:
-    cache = cache_latents(tiny_base, pictures, DataConfig(variants=20, rescale=0.7), seed=0, quiet=True)
+    cache = cache_latents(tiny_base, pictures, DataConfig(variants=20, rescale=0.7), seed=0, quiet=True, **NAMES)
     assert set(cache.sizes) == {"small", "full", "large"}
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(60):
-        latents_BCHW, masks_B1HW, (prompt,) = cache.draw(1, "sks dog", generator)
-        index = next(n for n, latent in enumerate(cache.latents_NCHW) if torch.equal(latent, latents_BCHW[0]))
+        batch = cache.draw(1, generator)
+        (prompt,), (class_prompt,) = batch.prompts, batch.class_prompts
+        index = next(n for n, latent in enumerate(cache.latents_NCHW) if torch.equal(latent, batch.latents_BCHW[0]))
         size = cache.sizes[index]
-        assert torch.equal(masks_B1HW[0], cache.masks_N1HW[index])
+        assert torch.equal(batch.masks_B1HW[0], cache.masks_N1HW[index])
+        assert class_prompt == prompt.replace("sks dog", "dog")
         assert "sks dog" in prompt
         assert (size == "small") == prompt.endswith(" far away") and (size == "large") == ("close up" in prompt)
         seen.add(size)
     assert seen == {"small", "full", "large"}
+
+
+def test_a_mixed_batch_holds_every_subject_under_its_own_name(tiny_base: Base, pictures: list[Picture]) -> None:
+    dog = cache_latents(tiny_base, pictures[:1], DataConfig(variants=8), seed=0, quiet=True, **NAMES)
+    cat = cache_latents(
+        tiny_base, pictures[1:], DataConfig(variants=1), phrase="tom cat", class_phrase="cat", seed=0, quiet=True
+    )
+    generator, seen = torch.Generator().manual_seed(0), {"sks dog": 0, "tom cat": 0}
+    for _ in range(50):
+        batch = draw_mixed([dog, cat], 4, generator)
+        assert len(batch.latents_BCHW) == len(batch.masks_B1HW) == len(batch.prompts) == 4
+        for latent_CHW, prompt, class_prompt in zip(
+            batch.latents_BCHW, batch.prompts, batch.class_prompts, strict=True
+        ):
+            cache = dog if "sks dog" in prompt else cat
+            assert cache.phrase in prompt and class_prompt == prompt.replace(cache.phrase, cache.class_phrase)
+            assert (cache.latents_NCHW == latent_CHW).all(dim=(1, 2, 3)).any()
+            seen[cache.phrase] += 1
+    assert all(80 <= count <= 120 for count in seen.values())  # alike, though one has far more latents

@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cdvideo.concept.losses import denoising_loss, semantic_preservation_loss
+from cdvideo.concept.losses import (
+    anchor_loss,
+    denoising_loss,
+    output_preservation_loss,
+    semantic_preservation_loss,
+    semantic_relation_loss,
+)
 
 
 def test_denoising_loss_is_the_mean_square_where_everything_counts() -> None:
@@ -41,3 +48,54 @@ def test_semantic_loss_takes_the_class_as_constant() -> None:
     semantic_preservation_loss(concept, class_).backward()
     assert concept.grad is not None and concept.grad.norm() > 0
     assert class_.grad is None
+
+
+def test_within_the_margin_nothing_counts() -> None:
+    concept_TD, class_TD = torch.randn(5, 8), torch.randn(5, 8)
+    distance_T = 1 - F.cosine_similarity(concept_TD, class_TD)
+    expected = sum(max(0.0, d - 0.9) for d in distance_T.tolist()) / 5
+    assert 0 < expected < distance_T.mean()
+    assert semantic_preservation_loss(concept_TD, class_TD, margin=0.9).item() == pytest.approx(expected, abs=1e-6)
+    assert semantic_preservation_loss(class_TD, class_TD, margin=0.1).item() == 0
+
+
+def test_the_relation_form_by_hand() -> None:
+    class_UD, drawn = torch.randn(6, 8), [4, 1]
+    concept_TD = torch.randn(2, 8)
+    changes = [
+        abs(F.cosine_similarity(concept_TD[t], class_UD[u], 0) - F.cosine_similarity(class_UD[d], class_UD[u], 0))
+        for t, d in enumerate(drawn)
+        for u in range(6)
+        if u != d
+    ]
+    loss = semantic_relation_loss(concept_TD, class_UD, torch.tensor(drawn))
+    torch.testing.assert_close(loss, torch.stack(changes).mean())
+    loss = semantic_relation_loss(concept_TD, class_UD, torch.tensor(drawn), margin=0.3)
+    torch.testing.assert_close(loss, torch.stack([(change - 0.3).clamp(min=0) for change in changes]).mean())
+    assert semantic_relation_loss(class_UD[drawn], class_UD, torch.tensor(drawn)) <= 1e-6
+
+
+def test_the_relation_form_leaves_free_where_the_concept_stands() -> None:
+    """Along a direction that no class phrase has a part in, the point form pulls and the relation form hardly does."""
+    class_UD = torch.cat([torch.randn(6, 7) + 3, torch.zeros(6, 1)], dim=1)
+    concept_TD = class_UD.clone()
+    concept_TD[:, 7] = 1.0
+    concept_TD.requires_grad_()
+    semantic_relation_loss(concept_TD, class_UD, torch.arange(6), margin=0.2).backward()
+    assert concept_TD.grad is not None and not concept_TD.grad.any()
+    assert semantic_preservation_loss(concept_TD, class_UD) > 1e-3
+
+
+def test_the_base_s_output_is_a_constant() -> None:
+    ours, base = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8, requires_grad=True)
+    loss = output_preservation_loss(ours, base)
+    loss.backward()
+    torch.testing.assert_close(loss, ((ours - base) ** 2).mean())
+    assert base.grad is None and ours.grad is not None
+
+
+def test_the_anchor_is_relative_to_the_base() -> None:
+    weights = [torch.randn(4, 4), torch.randn(3)]
+    changes = [0.1 * weight for weight in weights]
+    assert anchor_loss(changes, weights).item() == pytest.approx(0.01)
+    assert anchor_loss([10 * c for c in changes], [10 * w for w in weights]).item() == pytest.approx(0.01)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.nn.functional as F
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.config import ConceptConfig, SemanticConfig
+from cdvideo.concept.config import ConceptConfig, SemanticConfig, SubjectConfig
 from cdvideo.concept.kv import initial_rows
+from cdvideo.concept.losses import semantic_preservation_loss, semantic_relation_loss
+from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation, phrase_features
 
 PHRASES = ["a dog", "a photo of the dog in snow wearing headphones"]
@@ -44,14 +48,14 @@ def test_the_loss_is_zero_when_the_token_reads_as_nothing_new(tiny_base: Base, c
     # "sks dog" against the class "dog dog", with sks reading as dog: equal phrases.
     doubled = SemanticPreservation(tiny_base, dataclasses.replace(config, class_word="dog dog"))
     same = SemanticPreservation(tiny_base, dataclasses.replace(config, class_word="dog"))
-    same.class_features_TD = doubled.class_features_TD
-    assert same(word_of_class, generator()).item() == pytest.approx(0, abs=1e-6)
-    assert loss(word_of_class, generator()).item() > 1e-4
+    same.class_features = doubled.class_features
+    assert same({"sks": word_of_class}, generator()).item() == pytest.approx(0, abs=1e-6)
+    assert loss({"sks": word_of_class}, generator()).item() > 1e-4
 
 
 def test_gradient_reaches_the_rows_alone(tiny_base: Base, config: ConceptConfig) -> None:
     rows_KD = initial_rows(tiny_base.text_encoder, tiny_base.tokenizer, "dog", 2)
-    SemanticPreservation(tiny_base, config)(rows_KD, generator()).backward()
+    SemanticPreservation(tiny_base, config)({"sks": rows_KD}, generator()).backward()
     assert rows_KD.grad is not None and all(row.norm() > 0 for row in rows_KD.grad)
     assert all(parameter.grad is None for parameter in tiny_base.text_encoder.parameters())
 
@@ -59,22 +63,22 @@ def test_gradient_reaches_the_rows_alone(tiny_base: Base, config: ConceptConfig)
 def test_descending_the_loss_brings_the_concept_back_to_its_class(tiny_base: Base, config: ConceptConfig) -> None:
     loss = SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=SemanticConfig(phrases=100)))
     rows_KD = torch.randn(1, 32, requires_grad=True)
-    before = loss(rows_KD, generator())
+    before = loss({"sks": rows_KD}, generator())
     optimizer = torch.optim.Adam([rows_KD], lr=0.05)
     for _ in range(40):
         optimizer.zero_grad()
-        loss(rows_KD, generator()).backward()
+        loss({"sks": rows_KD}, generator()).backward()
         optimizer.step()
-    assert loss(rows_KD, generator()) < 0.7 * before
+    assert loss({"sks": rows_KD}, generator()) < 0.7 * before
 
 
 def test_drawn_phrases_average_to_the_loss_over_all(tiny_base: Base, config: ConceptConfig) -> None:
     rows_KD = torch.randn(1, 32)
     drawn = SemanticPreservation(tiny_base, config)
     whole = SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=SemanticConfig(phrases=100)))
-    draws, one = torch.stack([drawn(rows_KD, one) for one in [generator()] for _ in range(60)]), generator()
+    draws, one = torch.stack([drawn({"sks": rows_KD}, one) for one in [generator()] for _ in range(60)]), generator()
     assert draws.std() > 0
-    assert draws.mean().item() == pytest.approx(whole(rows_KD, one).item(), rel=0.1)
+    assert draws.mean().item() == pytest.approx(whole({"sks": rows_KD}, one).item(), rel=0.1)
 
 
 def test_the_released_variant_pools_at_the_token_without_its_position(tiny_base: Base, config: ConceptConfig) -> None:
@@ -96,4 +100,37 @@ def test_the_released_variant_pools_at_the_token_without_its_position(tiny_base:
     hook.remove()
     class_TD = phrase_features(tiny_base, ["a picture of a dog"])
     expected = 1 - F.cosine_similarity(hidden_BLD[:, at], class_TD)
-    torch.testing.assert_close(loss(rows_KD, generator()), expected[0])
+    torch.testing.assert_close(loss({"sks": rows_KD}, generator()), expected[0])
+
+
+def test_forms_and_margins_choose_the_loss(tiny_base: Base, config: ConceptConfig) -> None:
+    rows = {"sks": torch.randn(1, 32)}
+
+    def loss(**settings: Any) -> float:
+        semantic = dataclasses.replace(config.semantic, **settings)
+        return SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=semantic))(rows, generator()).item()
+
+    features_UD = SemanticPreservation(tiny_base, config).class_features["sks"]
+    drawn = torch.randperm(len(features_UD), generator=generator())[:4]
+    templates = SemanticPreservation(tiny_base, config).templates
+    concept_TD = phrase_features(tiny_base, [fill(templates[t], "sks dog") for t in drawn], rows)
+    assert loss() == pytest.approx(semantic_preservation_loss(concept_TD, features_UD[drawn]).item())
+    assert loss(margin=0.05) == pytest.approx(
+        semantic_preservation_loss(concept_TD, features_UD[drawn], margin=0.05).item()
+    )
+    assert loss(form="relation") == pytest.approx(semantic_relation_loss(concept_TD, features_UD, drawn).item())
+    assert len({loss(), loss(margin=0.05), loss(form="relation"), loss(form="relation", margin=0.01)}) == 4
+
+
+@pytest.mark.parametrize("variant", ["true_eos", "released"])
+def test_several_subjects_share_the_loss(tiny_base: Base, config: ConceptConfig, variant: Any) -> None:
+    """It is the mean of their own."""
+    rows = {"sks": torch.randn(1, 32), "tom": torch.randn(2, 32)}
+    semantic = SemanticConfig(phrases=3, variant=variant)
+    other = SubjectConfig(images=Path("photos"), token="tom", class_word="cat")
+    dog = dataclasses.replace(config, semantic=semantic)
+    cat = dataclasses.replace(dog, token="tom", class_word="cat")
+    both = dataclasses.replace(dog, others=(other,))
+    dog_loss, cat_loss, loss = (SemanticPreservation(tiny_base, c)(rows, generator()) for c in (dog, cat, both))
+    torch.testing.assert_close(loss, (dog_loss + cat_loss) / 2)
+    assert not torch.allclose(dog_loss, cat_loss)

@@ -18,7 +18,6 @@ def make_state(settings: dict[str, str]) -> TrainState:
         {"weight": weight},
         torch.optim.AdamW([weight], lr=0.1),
         torch.amp.GradScaler("cpu", enabled=False),
-        torch.Generator().manual_seed(1),
         settings,
     )
 
@@ -27,7 +26,7 @@ def advance(state: TrainState, steps: int) -> None:
     (weight,) = state.parameters.values()
     for _ in range(steps):
         state.optimizer.zero_grad()
-        (weight @ torch.randn(3, 3, generator=state.generator)).square().sum().backward()
+        (weight @ torch.arange(9.0).view(3, 3)).square().sum().backward()
         state.optimizer.step()
 
 

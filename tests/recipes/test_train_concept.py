@@ -166,3 +166,24 @@ def test_an_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path, flags: li
 def test_without_arguments_the_pictures_that_ship_are_taken() -> None:
     pictures = sorted(SAMPLE_PICTURES.glob("*.png"))
     assert len(pictures) == 5 and {Image.open(path).size for path in pictures} == {(128, 128)}
+
+
+def test_the_base_s_own_pictures_are_drawn_once_and_kept(tmp_path: Path, flags: list[str]) -> None:
+    settings = ["preserve.prior_weight=1", "preserve.prior_images=2", "sample.steps=1", "--quiet"]
+    assert run_main(train_concept_main, [*flags, *settings]) == 0
+    folder = tmp_path / "runs" / "rex"
+    drawn = sorted((folder / "prior" / "dog").iterdir())
+    assert [path.name for path in drawn] == ["0000.png", "0001.png"] and Image.open(drawn[0]).size == (64, 64)
+    times = [path.stat().st_mtime_ns for path in drawn]
+    (folder / "concept.safetensors").unlink()
+    assert run_main(train_concept_main, ["--resume", "--out", str(folder), "--quiet"]) == 0
+    assert [path.stat().st_mtime_ns for path in drawn] == times
+
+
+def test_two_things_at_once(tmp_path: Path, flags: list[str], photos: Path, tiny_base: Base) -> None:
+    others = f"others=[{{images: {photos}, token: tom, class_word: cat}}]"
+    assert run_main(train_concept_main, [*flags, "--quiet", others]) == 0
+    path = tmp_path / "runs" / "rex" / "concept.safetensors"
+    assert load_concept(path, base=tiny_base).metadata.class_words == {"sks": "dog", "tom": "cat"}
+    assert find_concept("a tom cat surfing", tmp_path / "runs") == path
+    assert run_main(train_concept_main, [*flags, "--quiet", others.replace("tom", "dog")]) == 2  # a word of the base

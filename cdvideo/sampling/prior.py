@@ -1,0 +1,51 @@
+"""Pictures of a class as the base draws them itself: what prior preservation holds a concept's training to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from cdvideo.base.loader import Base
+from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.phrases import fill, training_prompts
+from cdvideo.media.images import Picture
+from cdvideo.runs import atomic_path
+from cdvideo.sampling.image import sample_images
+from cdvideo.sampling.video import to_uint8
+
+FIRST_SEED = 1_000_000  # far from the seeds by which concepts are looked at and measured
+
+
+def prior_pictures(
+    base: Base, config: ConceptConfig, folder: Path, *, quiet: bool = False
+) -> Mapping[str, list[Picture]]:
+    """`preserve.prior_images` pictures of each class word, drawn once and kept: folder/<class word>/<number>.png.
+
+    DreamBooth (arXiv 2208.12242, section 3.3) draws them so. Prompts, steps and guidance are the concept's own.
+
+    Args:
+        folder: Of this base and these sampling settings alone; what lies there already is taken.
+    """
+    templates = training_prompts(config.data.style)
+    found: dict[str, list[Picture]] = {}
+    for class_word in dict.fromkeys(config.class_words.values()):
+        pictures = found[class_word] = []
+        numbers = range(config.preserve.prior_images)
+        for number in tqdm(numbers, desc=f"drawing {class_word}", unit="picture", leave=False, disable=quiet):
+            path = folder / class_word.replace(" ", "-") / f"{number:04d}.png"
+            if not path.exists():
+                pixels_BCHW = sample_images(
+                    base,
+                    [fill(templates[number % len(templates)], class_word)],
+                    seeds=[FIRST_SEED + number],
+                    steps=config.sample.steps,
+                    guidance=config.sample.guidance,
+                )
+                with atomic_path(path) as part:
+                    Image.fromarray(to_uint8(pixels_BCHW)[0]).save(part)
+            with Image.open(path) as image:
+                pictures.append(Picture(name=path.name, image=image.convert("RGB")))
+    return found
