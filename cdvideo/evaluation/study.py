@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from cdvideo.evaluation.figures import Figure
 from cdvideo.evaluation.study_config import StudyConfig
-from cdvideo.evaluation.study_pieces import StudyBench, open_study, pieces, score, train
+from cdvideo.evaluation.study_pieces import StudyBench, concept_images, open_study, pieces, score, train
 from cdvideo.evaluation.study_results import HALVES, Measured, StudyResults, picture_rows, summarise
-from cdvideo.evaluation.study_scores import weights_digest
 from cdvideo.runs import atomic_path
 
 
@@ -35,7 +34,9 @@ def run_study(config: StudyConfig) -> StudyResults:
             bar.set_postfix_str(piece.title)
             folder = train(bench, piece) if piece.method.source == "trained" else None
             measured.append(Measured(piece, folder, *score(bench, piece)))
-    results = summarise(config, measured, describe(bench, measured))
+    own = {concept: concept_images(concept, bench.sprites, config.pictures_in) for concept in config.concepts}
+    results = StudyResults(config, measured, describe(bench, measured), own)
+    summarise(results)
     write_results(results)
     return results
 
@@ -43,15 +44,14 @@ def run_study(config: StudyConfig) -> StudyResults:
 def describe(bench: StudyBench, measured: list[Measured]) -> dict[str, Any]:
     """With what the study was made; no paths, since reports travel."""
     config, device = bench.config, bench.base.device
-    paths = ("judge", "identity", "sprites", "cache", "out", "json", "device", "quiet", "base")
+    paths = ("judge", "identity", "clip", "dino", "blip", "sprites", "cache", "out", "json", "device", "quiet", "base")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in paths}
     made = [json.loads(m.file.with_suffix(".json").read_text())["made"] for m in measured]
     made += [json.loads((m.folder / "made.json").read_text()) for m in measured if m.folder is not None]
     return settings | {
         "base": Path(config.base).name,
         "base_hash": bench.base.hash,
-        "judge": weights_digest(bench.judge),
-        "encoders": dict(bench.encoder_names),
+        "instruments": bench.instruments.names,
         "measured_on": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "made_on": sorted({f"{m['device']}, torch {m['torch']}" for m in made}),
         "date": time.strftime("%Y-%m-%d"),

@@ -99,6 +99,12 @@ class StudyConfig:
     """The judge's folder; null is the one that ships."""
     identity: Path | None = None
     """The identity encoder's folder; null is the one that ships, where there is one."""
+    clip: Path | None = None
+    """A folder with a CLIP model of transformers, for CLIP-I and CLIP-T; null leaves them out."""
+    dino: Path | None = None
+    """A folder with a DINO or DINOv2 model of transformers, for DINO-I."""
+    blip: Path | None = None
+    """A folder with a BLIP or BLIP-2 model of transformers for image-text retrieval, for BLIP-T."""
     sprites: Path = Path(".sprites")
     """The world's drawings, for the pictures that concepts are learned from."""
     cache: Path = Path(".cache/study")

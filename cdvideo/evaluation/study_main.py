@@ -49,8 +49,10 @@ def study_command(args: Namespace) -> None:
         )
 
     from cdvideo.evaluation.study import print_tables, run_study
+    from cdvideo.evaluation.study_page import write_page
 
     results = run_study(config)
+    page = write_page(results)
     if not config.quiet:
         print_tables(results)
-        print(f"\nwrote {config.out / 'results.json'}")
+        print(f"\nwrote {page}")

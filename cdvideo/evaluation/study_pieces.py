@@ -25,18 +25,12 @@ from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
 from cdvideo.evaluation.bench import fit
 from cdvideo.evaluation.drawing import Pictures
-from cdvideo.evaluation.identity_model import IDENTITY, WEIGHTS_FILE, load_identity
-from cdvideo.evaluation.judge_model import JUDGE, Judge, load_judge
+from cdvideo.evaluation.encoders import BlipScorer, ClipEncoder, DinoEncoder, IdentityEncoder, ImageEncoder, TextScorer
+from cdvideo.evaluation.identity_model import IDENTITY, WEIGHTS_FILE
+from cdvideo.evaluation.judge_model import JUDGE, load_judge
 from cdvideo.evaluation.study_config import MethodConfig, StudyConfig
 from cdvideo.evaluation.study_prompts import StudyPrompt, study_prompts
-from cdvideo.evaluation.study_scores import (
-    EncodeImages,
-    Scores,
-    encode_with,
-    score_films,
-    score_pictures,
-    weights_digest,
-)
+from cdvideo.evaluation.study_scores import Instruments, Scores, score_films, score_pictures
 from cdvideo.media.images import Picture
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
@@ -60,9 +54,7 @@ class StudyBench:
     trainee: Base
     base: Base
     motion: MotionModules | None
-    judge: Judge
-    encoders: Mapping[str, EncodeImages]
-    encoder_names: Mapping[str, str]  # metric -> what measures it
+    instruments: Instruments
     sprites: Sprites
 
 
@@ -85,7 +77,7 @@ class Piece:
 def open_study(config: StudyConfig) -> StudyBench:
     """Loads all that is needed, so that what is missing is told before anything is trained."""
     device = pick_device(config.device)
-    judge = load_judge(config.judge or JUDGE, device=device)
+    instruments = load_instruments(config, device)
     sprites = load_sprites(config.sprites)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
     motion = None
@@ -98,12 +90,23 @@ def open_study(config: StudyConfig) -> StudyBench:
             )
         motion = load_motion(base.path / "motion", device=device, dtype=base.dtype)
     trainee = load_base(config.base, device=device)
-    encoders, names = {}, {}
+    return StudyBench(config, trainee, base, motion, instruments, sprites)
+
+
+def load_instruments(config: StudyConfig, device: torch.device) -> Instruments:
+    """The judge, the identity encoder where there is one, and the models of transformers that the user has."""
+    likeness: dict[str, ImageEncoder] = {}
+    agreement: dict[str, TextScorer] = {}
     if config.identity is not None or (IDENTITY / WEIGHTS_FILE).is_file():
-        net = load_identity(config.identity or IDENTITY, device=device)
-        encoders["identity"] = encode_with(net)
-        names["identity"] = f"an encoder trained on other individuals of the world, {weights_digest(net)}"
-    return StudyBench(config, trainee, base, motion, judge, encoders, names, sprites)
+        likeness["identity"] = IdentityEncoder(config.identity or IDENTITY, device=device)
+    if config.clip is not None:
+        clip = ClipEncoder(config.clip, device=device)
+        likeness["CLIP-I"], agreement["CLIP-T"] = clip, clip
+    if config.dino is not None:
+        likeness["DINO-I"] = DinoEncoder(config.dino, device=device)
+    if config.blip is not None:
+        agreement["BLIP-T"] = BlipScorer(config.blip, device=device)
+    return Instruments(load_judge(config.judge or JUDGE, device=device), likeness, agreement)
 
 
 def pieces(config: StudyConfig) -> list[Piece]:
@@ -119,8 +122,8 @@ def pieces(config: StudyConfig) -> list[Piece]:
     return found
 
 
-def concept_pictures(concept: str, sprites: Sprites, where: str) -> list[Picture]:
-    """The five pictures that a concept is learned from."""
+def concept_images(concept: str, sprites: Sprites, where: str) -> Pictures:
+    """The five pictures that a concept is learned from: images_RHWC."""
     scenes = sample_scenes(concept)
     if where == "one_place":
         rng = np.random.default_rng(7)
@@ -128,8 +131,7 @@ def concept_pictures(concept: str, sprites: Sprites, where: str) -> list[Picture
         kept = ("setting", "seed", "backdrop_colour", "vehicle_rgb")
         same = {name: getattr(place, name) for name in kept}
         scenes = [dataclasses.replace(scene, **same) for scene in scenes]
-    images = [Image.fromarray(render_scene(scene, sprites)[0]) for scene in scenes]
-    return [Picture(name=f"{i + 1}.png", image=image) for i, image in enumerate(images)]
+    return np.stack([render_scene(scene, sprites)[0] for scene in scenes])
 
 
 def asked(config: StudyConfig, piece: Piece) -> tuple[list[StudyPrompt], list[int]]:
@@ -145,8 +147,9 @@ def asked(config: StudyConfig, piece: Piece) -> tuple[list[StudyPrompt], list[in
 def train(bench: StudyBench, piece: Piece) -> Path:
     """The folder of a piece's training, which holds its concept file; trained where it is not there yet."""
     config = bench.config.concept_config(piece.method, piece.concept, piece.seed)
-    pictures = concept_pictures(piece.concept, bench.sprites, bench.config.pictures_in)
-    folder = bench.config.cache / "concepts" / _name(piece.concept, _training_facts(bench, piece, config, pictures))
+    images_RHWC = concept_images(piece.concept, bench.sprites, bench.config.pictures_in)
+    pictures = [Picture(name=f"{i + 1}.png", image=Image.fromarray(image)) for i, image in enumerate(images_RHWC)]
+    folder = bench.config.cache / "concepts" / _name(piece.concept, _training_facts(bench, piece, config, images_RHWC))
     if (folder / CONCEPT_FILE).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,19 +191,14 @@ def draw(bench: StudyBench, piece: Piece) -> Path:
 def score(bench: StudyBench, piece: Piece) -> tuple[Path, Scores]:
     """The file of a piece's pictures, and their scores; measured where they are not there yet."""
     file = draw(bench, piece)
-    pictures = concept_pictures(piece.concept, bench.sprites, bench.config.pictures_in)
+    references_RHWC = concept_images(piece.concept, bench.sprites, bench.config.pictures_in)
     prompts, _ = asked(bench.config, piece)
-    facts: dict[str, Any] = {
-        "pictures": file.stem,
-        "judge": weights_digest(bench.judge),
-        "encoders": dict(bench.encoder_names),
-    }
-    facts |= {"asked": [str(prompt) for prompt in prompts], "references": _digest(pictures)}
+    facts: dict[str, Any] = {"pictures": file.stem, "asked": [str(prompt) for prompt in prompts]}
+    facts |= {"instruments": bench.instruments.names, "references": _digest(references_RHWC)}
     path = bench.config.cache / "scores" / f"{_name(piece.concept, facts)}.json"
     if not path.exists():
-        references_RHWC = np.stack([np.asarray(picture.image) for picture in pictures])
         measure = score_films if piece.film else score_pictures
-        scores = measure(np.load(file), prompts, references_RHWC, judge=bench.judge, encoders=bench.encoders)
+        scores = measure(np.load(file), prompts, references_RHWC, bench.instruments)
         with atomic_path(path) as part:
             part.write_text(json.dumps(scores))
     return file, json.loads(path.read_text())
@@ -245,12 +243,10 @@ def _scene(piece: Piece, prompt: StudyPrompt, seed: int) -> Scene:
     return compose(rng, heldout_individual(piece.concept), thing=prompt.thing or "", setting=prompt.setting or "plain")
 
 
-def _training_facts(
-    bench: StudyBench, piece: Piece, config: ConceptConfig, pictures: Sequence[Picture]
-) -> dict[str, Any]:
+def _training_facts(bench: StudyBench, piece: Piece, config: ConceptConfig, images_RHWC: Pictures) -> dict[str, Any]:
     """All that determines a training."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    found = {"pictures": _digest(pictures), "weights of the base": bench.trainee.hash}
+    found = {"pictures": _digest(images_RHWC), "weights of the base": bench.trainee.hash}
     return settings | found | {"checkpoints": piece.method.checkpoints}
 
 
@@ -273,11 +269,8 @@ def _name(concept: str, facts: Mapping[str, Any]) -> str:
     return f"{concept.replace(' ', '-')}-{digest}"
 
 
-def _digest(pictures: Sequence[Picture]) -> str:
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.image.tobytes())
-    return digest.hexdigest()[:16]
+def _digest(images_RHWC: Pictures) -> str:
+    return hashlib.sha256(images_RHWC.tobytes()).hexdigest()[:16]
 
 
 def _made(base: Base, start: float) -> dict[str, Any]:

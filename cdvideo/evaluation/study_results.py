@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.figures import Figure
 from cdvideo.evaluation.study_config import MethodConfig, StudyConfig
 from cdvideo.evaluation.study_pieces import Piece, asked
@@ -24,6 +25,8 @@ PERCENT = ("composition", "subject", "worn", "setting", "right frames")
 COMPARED = ("composition", "identity", "flow", "consistency")
 
 Table: TypeAlias = dict[str, dict[str, Figure]]  # method -> column -> figure
+# method -> concept -> for each training seed the lines that it logged
+Curves: TypeAlias = dict[str, dict[str, list[list[dict[str, float]]]]]
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class StudyResults:
     """Everything measured, and what was made of it.
 
     tables and films: half -> method -> metric. kinds: half -> method -> kind of prompt: composition. against and
-    films_against: half -> method -> "<metric> / <other method>": ratio of means. checkpoints: method -> step -> metric.
+    films_against: half -> method -> "<metric> / <other method>": ratio of means. checkpoints: method -> step -> metric,
+    the last step included. references: each concept's own pictures.
     """
 
     config: StudyConfig
     measured: list[Measured]
     settings: dict[str, Any]
+    references: dict[str, Pictures]
     tables: dict[str, Table] = field(default_factory=dict)
     kinds: dict[str, Table] = field(default_factory=dict)
     against: dict[str, Table] = field(default_factory=dict)
@@ -60,9 +65,9 @@ class StudyResults:
         return {"settings": self.settings} | {name: _plain(getattr(self, name)) for name in named}
 
 
-def summarise(config: StudyConfig, measured: list[Measured], settings: dict[str, Any]) -> StudyResults:
-    """All tables, each for those halves of the concepts that there are."""
-    results = StudyResults(config, measured, settings)
+def summarise(results: StudyResults) -> None:
+    """Fills in all tables, each for those halves of the concepts that there are."""
+    config, measured = results.config, results.measured
     for title, name in HALVES.items():
         concepts = getattr(config, name)
         if not concepts or (name == "concepts" and not (config.choose_on and config.report_on)):
@@ -77,10 +82,10 @@ def summarise(config: StudyConfig, measured: list[Measured], settings: dict[str,
     every = Pick(config, measured, config.concepts)
     results.checkpoints = {
         method.name: {step: every.figures(method, step) for step in method.checkpoints}
+        | {config.concept_config(method, config.concepts[0], 0).steps: every.figures(method)}
         for method in config.methods
         if method.checkpoints
     }
-    return results
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,9 @@ def comparisons(pick: Pick, method: MethodConfig) -> dict[str, Figure]:
     return found
 
 
-def training_curves(results: StudyResults) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
-    """What each run logged while training: method -> concept -> one list of lines for each training seed."""
-    found: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
+def training_curves(results: StudyResults) -> Curves:
+    """What each run logged while training."""
+    found: Curves = {}
     for measured in results.measured:
         piece = measured.piece
         if measured.folder is None or piece.film or piece.step is not None:
