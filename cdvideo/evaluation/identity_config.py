@@ -44,7 +44,7 @@ class IdentityConfig:
     """Of the feature."""
     side: int = 128
     """Pixels to which pictures are brought."""
-    classes: int = 6
+    classes: int = 4
     """Subjects in one batch: fewer make more look-alikes meet."""
     temperature: float = 0.1
     """Of the contrastive loss."""
