@@ -44,7 +44,6 @@ from cdvideo.runs import Run, atomic_path
 
 Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
 Pictures: TypeAlias = Mapping[str, Sequence[Picture]]
-DRIFT_EVERY = 10  # steps
 SNAPSHOT_FILE = "concept_{:05d}.safetensors"
 
 
@@ -60,7 +59,7 @@ def train_concept(
     resume: bool = False,
     quiet: bool = False,
 ) -> Concept:
-    """Learns a concept from its pictures, and writes metrics.jsonl, contact sheets and the concept file into the run.
+    """Learns a concept from its pictures, and writes its file, metrics, drift and contact sheets into the run.
 
     Args:
         base: Frozen; bit-equal afterwards.
@@ -89,7 +88,9 @@ def train_concept(
     caches = _cache_subjects(base, pictures, config, quiet=quiet)
     prior_caches = _cache_prior(base, prior or {}, config, quiet=quiet) if preserve.prior_weight else []
     semantic_preservation = SemanticPreservation(base, config)
-    drift = DriftMeter(base, config)
+    plain = slice(None, None, config.data.variants)  # each picture as it is
+    latents = {token: cache.latents_NCHW[plain] for token, cache in zip(config.class_words, caches, strict=True)}
+    drift = DriftMeter(base, config.class_words, latents, steps=config.steps)
     if optim.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
 
@@ -103,7 +104,7 @@ def train_concept(
     settings = _fixed_settings(base, pictures, config)
     state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
     state_file = run.folder / STATE_FILE
-    start = _resume(state, run, config.steps) if resume else 0
+    start = _resume(state, drift, run, config.steps) if resume else 0
 
     def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = tokenize(base.tokenizer, prompts, tokens={token: len(r) for token, r in concept.tokens.items()})
@@ -113,7 +114,7 @@ def train_concept(
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
     with deferred_interrupt() as interrupted, bar:
         if start == 0:
-            run.log({"step": 0, **_drift_metrics(base, concept, drift, config)})
+            run.log({"step": 0, **_drift_metrics(base, concept, drift, step=0)})
             _draw(sample, concept, config, run, step=0)
         for step in range(start + 1, config.steps + 1):
             generator = _step_generator(config.seed, step)
@@ -159,19 +160,20 @@ def train_concept(
                 _keep_norm(base, concept)
 
             metrics = {f"loss_{name}": value.item() for name, value in losses.items()}
-            if step % DRIFT_EVERY == 0 or step == config.steps:
-                metrics |= _drift_metrics(base, concept, drift, config)
+            metrics |= _drift_metrics(base, concept, drift, step=step)
             run.log({"step": step, **metrics})
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")})
             bar.update()
             if step in snapshots:
                 save_concept(frozen_copy(concept), run.folder / SNAPSHOT_FILE.format(step))
             if step % config.checkpoint_every == 0 or interrupted.is_set():
+                drift.save(run.folder)
                 state.save(state_file, step)
             if interrupted.is_set():
                 raise KeyboardInterrupt
             if config.sample.every and step % config.sample.every == 0 and step < config.steps:
                 _draw(sample, concept, config, run, step=step)
+    drift.save(run.folder)
     return _finish(sample, concept, config, run)
 
 
@@ -255,14 +257,10 @@ def _keep_norm(base: Base, concept: Concept) -> None:
 
 
 @torch.no_grad()
-def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, config: ConceptConfig) -> dict[str, float]:
-    """Where the concept's phrases stand to their class, and how far the UNet's weights have moved from the base's."""
-    change = squared_change(base.unet, concept).sqrt().item()
-    return {
-        "drift_cosine": drift(concept.tokens[config.token]),
-        "class_cosine": drift.class_cosine,
-        "weight_change": change,
-    }
+def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, *, step: int) -> dict[str, float]:
+    """At steps to measure at: where the concept stands, and how far the UNet's weights have moved from the base's."""
+    measured = drift.measure(concept, step)
+    return {**measured, "weight_change": squared_change(base.unet, concept).sqrt().item()} if measured else {}
 
 
 def _draw(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run, *, step: int) -> Tensor | None:
@@ -288,8 +286,8 @@ def _finish(sample: Sampler | None, concept: Concept, config: ConceptConfig, run
     return finished
 
 
-def _resume(state: TrainState, run: Run, steps: int) -> int:
-    """Loads the run's state and drops what was logged after it; returns the number of steps done."""
+def _resume(state: TrainState, drift: DriftMeter, run: Run, steps: int) -> int:
+    """Loads the run's state and drops what was logged and measured after it; returns the number of steps done."""
     if (run.folder / CONCEPT_FILE).exists():
         raise UserError(
             f"{run.folder} has ended, there is nothing to resume",
@@ -300,6 +298,8 @@ def _resume(state: TrainState, run: Run, steps: int) -> int:
     start = state.load(path) if path.exists() else 0  # interrupted before its first state: from the beginning
     if start > steps:
         raise UserError(f"steps={steps}, {start} are done", allowed=f"{start} or more", do="raise --steps")
+    if start:
+        drift.restore(run.folder, start)
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     run.write_text(metrics.name, "".join(line for line in lines if 0 < start >= json.loads(line)["step"]))
     return start

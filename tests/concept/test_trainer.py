@@ -18,6 +18,7 @@ from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import make_adapter, tuned
 from cdvideo.concept.config import ConceptConfig, SubjectConfig
 from cdvideo.concept.data import cache_latents
+from cdvideo.concept.drift_file import DRIFT_FILE, load_drift
 from cdvideo.concept.file import Concept, frozen_copy, load_concept
 from cdvideo.concept.losses import denoising_loss
 from cdvideo.concept.state import STATE_FILE
@@ -155,6 +156,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     run.log({"step": 4, "loss_denoise": 1.0})  # as if killed after this line and before the next state
     resumed = train_concept(tiny_base, pictures, config, run, resume=True, quiet=True)
     assert equal(resumed, whole) and metrics_of(run) == expected
+    records = [load_drift(folder / DRIFT_FILE) for folder in (run.folder, whole_run.folder)]
+    assert records[0].text_steps == records[1].text_steps == [0, 6]
+    assert torch.equal(*(torch.stack(record.concepts["sks"].path) for record in records))
 
     with pytest.raises(UserError, match="nothing to resume"):
         train_concept(tiny_base, pictures, config, run, resume=True, quiet=True)
@@ -363,7 +367,12 @@ def test_the_base_s_own_pictures_of_the_class_are_half_of_every_batch(
     tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
 ) -> None:
     shapes = []
-    hook = tiny_base.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+
+    def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():  # measuring drift needs no gradients
+            shapes.append(len(inputs[0]))
+
+    hook = tiny_base.unet.register_forward_pre_hook(note)
     config = changed(dataclasses.replace(config, steps=2), preserve={"prior_weight": 1.0})
     _, metrics = train_with(tiny_base, pictures, config, tmp_path, prior={"dog": pictures[:2]})
     hook.remove()
