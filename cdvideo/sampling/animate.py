@@ -80,7 +80,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument(
-        "--concept", metavar="FILE", help="a concept file, or none (the newest one that fits the prompt)"
+        "--concept",
+        metavar="FILE[,FILE]",
+        help="a concept file, several of them, or none (the newest one that fits the prompt)",
     )
     parser.add_argument("--base", metavar="NAME", help="tiny, a folder in diffusers' layout, or a hub id (tiny)")
     parser.add_argument("--motion", metavar="FOLDER", help="motion modules (those of the base)")
@@ -92,19 +94,24 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
     """The concept and the name to show for it, as the settings and the prompt ask."""
     from cdvideo.base.text import find_tokens
     from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept, load_concept
+    from cdvideo.concept.merge import merge_concepts
 
-    if config.concept == "none":
+    if config.concept == "auto":
+        found = find_concept(config.prompt, RUNS)
+        paths = [] if found is None else [found]
+    else:
+        paths = [Path(name.strip()).expanduser() for name in config.concept.split(",") if name.strip() != "none"]
+    if not paths:
         return None, None
-    path = find_concept(config.prompt, RUNS) if config.concept == "auto" else Path(config.concept).expanduser()
-    if path is None:
-        return None, None
-    if path == SAMPLE_CONCEPT:
+    if paths == [SAMPLE_CONCEPT]:
         print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-    concept = load_concept(path, base=base, report=_report(config))
+    concepts = [load_concept(path, base=base, report=_report(config)) for path in paths]
+    concept = concepts[0] if len(concepts) == 1 else merge_concepts(base, concepts)
     if not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)
         logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
-    return concept, "sample concept" if path == SAMPLE_CONCEPT else path.parent.name
+    names = ["sample concept" if path == SAMPLE_CONCEPT else path.parent.name for path in paths]
+    return concept, " + ".join(names)
 
 
 def _report(config: AnimateConfig) -> Callable[[str], object]:

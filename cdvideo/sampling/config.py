@@ -48,7 +48,8 @@ class AnimateConfig:
     motion: str = "auto"
     """A folder of motion modules; "auto" is the folder `motion` of the base."""
     concept: str = "auto"
-    """A concept file; "auto" is the newest one whose token stands in the prompt, "none" is none."""
+    """A concept file, or several, separated by commas, which are merged; "auto" is the newest one whose token stands in
+    the prompt, "none" is none."""
     out: Path = Path("runs/films")
     """The folder to write into."""
     device: str = "auto"

@@ -319,3 +319,13 @@ def test_slug() -> None:
     assert slug("ein Hündchen im Schnee") == "ein-hündchen-im-schnee"
     assert len(slug("very " * 100)) <= 60 and not slug("very " * 100).endswith("-")
     assert slug("!?") == "film"
+
+
+def test_two_concepts_share_a_film(base_folder: Path, workplace: Path) -> None:
+    for token in ("sks", "rex"):
+        save_tiny_concept(base_folder, Path(f"{token}/concept.safetensors"), token)
+    both = "sks/concept.safetensors,rex/concept.safetensors"
+    assert call(base_folder, "--concept", both, "--still", prompt="a sks dog and a rex dog") == 0
+    settings = json.loads(next((workplace / "runs" / "films").glob("*.json")).read_text())
+    assert settings["concept"] == "sks + rex"
+    assert call(base_folder, "--concept", "sks/concept.safetensors,sks/concept.safetensors", "--still") == 2
