@@ -36,6 +36,7 @@ from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, open_run
 from cdvideo.sampling.image import sample_images
+from cdvideo.sampling.prior import prior_pictures
 from cdvideo.sampling.video import sample_video, to_uint8
 from cdvideo.world.heldout import HELDOUT_INDIVIDUALS
 from cdvideo.world.samples import heldout_individual, sample_scenes
@@ -154,12 +155,20 @@ def train(bench: StudyBench, piece: Piece) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    prior = class_pictures(bench, config) if config.preserve.prior_weight else None
+    options: dict[str, Any] = {"prior": prior, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
     with open_run(folder) as run:
         run.write_text("config.yaml", to_yaml(config))
-        snapshots = piece.method.checkpoints
-        train_concept(bench.trainee, pictures, config, run, snapshots=snapshots, resume=True, quiet=True)
+        train_concept(bench.trainee, pictures, config, run, **options)
         run.write_text("made.json", json.dumps(_made(bench.trainee, start)))
     return folder
+
+
+def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, list[Picture]]:
+    """What the base itself draws of the class, for prior preservation; drawn where it is not there yet."""
+    sample = f"{config.data.style}-{config.sample.steps}-{config.sample.guidance:g}"
+    folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}"
+    return prior_pictures(bench.trainee, config, folder, quiet=True)
 
 
 def draw(bench: StudyBench, piece: Piece) -> Path:
@@ -167,13 +176,14 @@ def draw(bench: StudyBench, piece: Piece) -> Path:
     config = bench.config
     prompts, seeds = asked(config, piece)
     facts: dict[str, Any] = {"prompts": [prompt.template for prompt in prompts], "seeds": seeds}
+    if piece.film:
+        facts |= {"frames": config.films.frames}
     if piece.method.source == "renders":
-        return _keep(bench, piece, facts | {"renders": piece.concept}, lambda: _render(bench, piece, prompts, seeds))
+        facts |= {"renders": piece.concept, "side": bench.base.resolution}
+        return _keep(bench, piece, facts, lambda: _render(bench, piece, prompts, seeds))
     phrase, folder = prompts[0].subject, None
     facts |= {"subject": phrase, "steps": config.steps, "guidance": config.guidance}
     facts |= {"base": bench.base.hash, "dtype": str(bench.base.dtype)}
-    if piece.film:
-        facts |= {"frames": config.films.frames}
     if piece.method.source == "trained":
         folder = train(bench, piece)
         phrase = bench.config.concept_config(piece.method, piece.concept, piece.seed).phrase

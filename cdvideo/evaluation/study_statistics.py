@@ -20,12 +20,6 @@ def mean_interval(values_CP: Means, *, seed: int = 0) -> tuple[float, float]:
     return _interval(lambda pick: pick(values_CP), values_CP.shape, seed=seed)
 
 
-def difference_interval(values_CP: Means, others_CP: Means, *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference of two means over the same concepts and prompts, which are resampled together."""
-    assert values_CP.shape == others_CP.shape
-    return mean_interval(values_CP - others_CP, seed=seed)
-
-
 def ratio_interval(values_CP: Means, others_CP: Means, *, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the ratio of two means over the same concepts and prompts, which are resampled together."""
     assert values_CP.shape == others_CP.shape

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
 from cdvideo.evaluation.identity_model import IdentityNet, save_identity
 from cdvideo.evaluation.judge_model import Judge, save_judge
 from cdvideo.evaluation.main import main
+from cdvideo.motion.files import save_motion
+from cdvideo.motion.modules import MotionModules
 
 SMALL = """# A tiny study.
 choose_on: [dog]
@@ -20,7 +25,7 @@ training: [steps=2, optim.batch_size=1, data.variants=1, semantic.phrases=2]
 methods:
   - {name: base, source: base}
   - {name: drawn, source: renders}
-  - {name: plain, settings: [semantic.weight=0]}
+  - {name: plain, settings: [semantic.weight=0, preserve.prior_weight=1, preserve.prior_images=2]}
   - {name: spl, settings: [semantic.weight=1], checkpoints: [1]}
 against: plain
 prompts: 2
@@ -58,6 +63,7 @@ def test_a_study_from_the_command_line(flags: list[str], tmp_path: Path, capsys:
     assert list(results["checkpoints"]) == ["spl"] and list(results["checkpoints"]["spl"]) == ["1", "2"]
     assert results["against"]["report on"]["spl"]["identity / plain"]["unit"] == "x"
     assert len(list((tmp_path / "cache" / "concepts").iterdir())) == 4
+    assert len(list((tmp_path / "cache" / "prior").rglob("*.png"))) == 2 * 2
     rows = list(csv.DictReader((tmp_path / "out" / "pictures.csv").open()))
     assert len(rows) == 5 * 2 * 8 * 2
     assert {row["setting"] for row in rows if row["kind"] == "worn"} == {"nan"}
@@ -87,6 +93,29 @@ def test_what_is_there_is_not_made_again(flags: list[str], tmp_path: Path) -> No
     assert run_main(main, [*flags, "--quiet", "seeds=1"]) == 0
     concepts = {path for path in made if path.name == "concept.safetensors"}
     assert len(concepts) == 4 and all(path.stat().st_mtime_ns == made[path] for path in concepts)
+
+
+def test_the_same_on_films(flags: list[str], tiny_base_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base_folder, folder)
+    base = load_base(str(folder), device=torch.device("cpu"))
+    motion = MotionModules.for_unet(base.unet, motion_num_attention_heads=2, motion_max_seq_length=8)
+    save_motion(motion, folder / "motion")
+    flags[flags.index("--base") + 1] = str(folder)
+    films = "films={methods: [base, drawn, plain], frames: 3}"
+    assert run_main(main, [*flags, "report_on=[]", "prompts=1", "seeds=1", films, "--quiet"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    table = results["films"]["choose on"]
+    assert list(table) == ["base", "drawn", "plain"]
+    assert set(table["plain"]) == {"composition", "right frames", "identity", "flow", "consistency"}
+    assert (
+        table["plain"]["flow"]["of"] == "films, 1 concepts x 4 prompts x 1 seeds" and table["plain"]["flow"]["n"] == 4
+    )
+    assert "flow / base" in results["films_against"]["choose on"]["plain"]
+    assert len(list((tmp_path / "out" / "films").glob("*.webp"))) == 3 * 2
+    rows = list(csv.DictReader((tmp_path / "out" / "films.csv").open()))
+    flow = [float(row["flow"]) for row in rows if row["method"] == "plain"]
+    assert sum(flow) / 4 == pytest.approx(table["plain"]["flow"]["value"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
