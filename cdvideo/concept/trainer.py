@@ -22,7 +22,7 @@ from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
-from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig
+from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig, OptimConfig
 from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import (
@@ -95,11 +95,7 @@ def train_concept(
         base.unet.enable_gradient_checkpointing()
 
     weights, rows = [*adapter.weights.values()], [*concept.tokens.values()] if config.adapter.train_rows else []
-    groups = [
-        {"params": weights, "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
-        {"params": rows, "initial_lr": optim.token_lr, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    optimizer = _make_optimizer(weights, rows, optim)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     settings = _fixed_settings(base, pictures, config)
     state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
@@ -175,6 +171,14 @@ def train_concept(
                 _draw(sample, concept, config, run, step=step)
     drift.save(run.folder)
     return _finish(sample, concept, config, run)
+
+
+def _make_optimizer(weights: Sequence[Tensor], rows: Sequence[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": weights, "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
+        {"params": rows, "initial_lr": optim.token_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 def _step_generator(seed: int, step: int) -> torch.Generator:
