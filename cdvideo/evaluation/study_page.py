@@ -16,6 +16,7 @@ from cdvideo.evaluation import study_plots
 from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.figures import Figure
 from cdvideo.evaluation.page import FPS, STYLE, show
+from cdvideo.evaluation.study_config import TOKEN
 from cdvideo.evaluation.study_pieces import asked
 from cdvideo.evaluation.study_results import HALVES, Measured, StudyResults, Table, training_curves
 from cdvideo.media.export import write_video
@@ -24,16 +25,17 @@ from cdvideo.runs import atomic_path
 SHOWN_STILLS, SHOWN_FILMS = 6, 2  # prompts of each concept
 MORE_STYLE = """
 td small { display: block; opacity: .65; } .wide { overflow-x: auto; } .plot { max-width: 100%; background: white; }
-table.pictures td { padding: .15rem; border: 0; }
+table.pictures td { padding: .15rem; border: 0; max-width: 7rem; font-size: .8rem; }
 table.pictures img { width: 7rem; border-radius: 4px; display: block; }
 img.all { outline: 2px solid var(--good); } img.lacks { outline: 2px solid var(--bad); }
 """
 METHODS = """
 Intervals are of 95 %: percentiles of 10,000 resamples of the concepts and, within each, of its prompts; seeds are
-averaged first. Two methods are compared on the same concepts, prompts and seeds, resampled together. Composition is
-right where the judge, a small network that no training has seen, finds the subject and all that the prompt asks for;
-what it does not ask for is not looked at. Worn and setting count the pictures whose prompt asks for one. Every method
-draws the same prompts from the same noise. No prompt takes place where the concept's own pictures do.
+averaged first. Where all are right, or all are wrong, it is Wilson's score interval of concepts and prompts. Two
+methods are compared on the same concepts, prompts and seeds, resampled together. Composition is right where the judge,
+a small network that no training has seen, finds the subject and all that the prompt asks for; what it does not ask for
+is not looked at. Worn and setting count the pictures whose prompt asks for one. Every method draws the same prompts
+from the same noise. No prompt takes place where the concept's own pictures do.
 """
 LIKENESS = """
 Likeness (identity, CLIP-I, DINO-I) is the mean cosine of a picture to the concept's pictures; agreement (CLIP-T,
@@ -63,7 +65,10 @@ def render_page(results: StudyResults, plots: Mapping[str, bytes]) -> str:
     for name, title in (("training", "While learning"), ("steps", "Over the steps")):
         if name in plots:
             body += [f"<h2>{title}</h2>", plot_image(plots[name], title)]
-    chosen = "Nothing was picked: the seed chooses the prompts. Where the outline is green the judge finds all."
+    chosen = (
+        f"Nothing was picked: the seed chooses the prompts. What was trained is asked for as {TOKEN} and the class "
+        "word. Where the outline is green the judge finds all."
+    )
     body += ["<h2>Pictures</h2>", f"<p>{chosen}</p>", *(picture_grid(results, concept) for concept in concepts)]
     if results.films:
         body += ["<h2>Films</h2>", *(picture_grid(results, concept, film=True) for concept in concepts)]
@@ -113,6 +118,7 @@ def table_of(table: Table) -> str:
     lines = [
         f"<tr><td>{escape(method)}</td>{''.join(cell(row.get(name)) for name in columns)}</tr>"
         for method, row in table.items()
+        if row
     ]
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
@@ -140,7 +146,9 @@ def picture_grid(results: StudyResults, concept: str, *, film: bool = False) -> 
     shown = sorted(rng.permutation(first)[: SHOWN_FILMS if film else SHOWN_STILLS])
     own = "".join(f"<td>{image(still(p), 'of the concept')}</td>" for p in results.references[concept])
     rows = [f"<tr><th>its pictures</th>{own}</tr>"] if not film else []
-    rows.append("<tr><th></th>" + "".join(f"<td>{escape(prompts[i].template)}</td>" for i in shown) + "</tr>")
+    rows.append(
+        "<tr><th></th>" + "".join(f"<td>{escape(prompts[i].text(prompts[i].subject))}</td>" for i in shown) + "</tr>"
+    )
     for measured in found:
         pictures = np.load(measured.file, mmap_mode="r")
         cells = [picture_cell(results, measured, pictures[i], i) for i in shown]

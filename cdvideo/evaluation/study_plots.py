@@ -26,7 +26,7 @@ LOGGED = {
     "attention_concept": "attention on the concept token",
 }
 SMOOTHED = 25  # steps
-COLOURS = [f"C{i}" for i in range(10)]
+STYLES = [(f"C{i}", line) for line in ("-", ":", "-.") for i in range(10)]  # by method: colour and line
 
 
 def pareto(config: StudyConfig, table: Mapping[str, Mapping[str, Figure]]) -> bytes:
@@ -35,7 +35,7 @@ def pareto(config: StudyConfig, table: Mapping[str, Mapping[str, Figure]]) -> by
     lines: dict[str, list[tuple[float, float]]] = {}
     for i, method in enumerate(config.methods):
         x, y = table[method.name]["identity"], table[method.name]["composition"]
-        colour, marker = COLOURS[i % 10], "o" if method.source == "trained" else "*"
+        colour, marker = STYLES[i % 30][0], "os^"[i // 10 % 3] if method.source == "trained" else "*"
         axes.errorbar(
             [x.value], [y.value], xerr=_bars(x), yerr=_bars(y), fmt=marker, color=colour, elinewidth=0.7, capsize=2
         )
@@ -60,7 +60,7 @@ def training(curves: Curves) -> bytes | None:
     plot, panels = _panels(len(logged), width=5.5, height=4)
     for axes, key in zip(panels, logged, strict=True):
         for i, (method, found) in enumerate(runs.items()):
-            _draw_runs(axes, [_curve(run, key) for run in found], colour=COLOURS[i % 10], label=method)
+            _draw_runs(axes, [_curve(run, key) for run in found], style=STYLES[i % 30], label=method)
             if key == "drift_cosine":
                 for run in found:
                     axes.plot(*_curve(run, "class_cosine"), "--", color="grey", linewidth=0.5)
@@ -80,10 +80,13 @@ def over_steps(checkpoints: Mapping[str, Mapping[int, Mapping[str, Figure]]], cu
             figures = [found[step][metric] for step in found]
             bars = np.concatenate([_bars(figure) for figure in figures], axis=1)
             values = [figure.value for figure in figures]
-            axes.errorbar(list(found), values, yerr=bars, marker="o", color=COLOURS[i % 10], label=method, capsize=2)
+            colour, line = STYLES[i % 30]
+            axes.errorbar(
+                list(found), values, yerr=bars, marker="o", color=colour, linestyle=line, label=method, capsize=2
+            )
             axes.set_title(f"{metric}{', %' * (figures[0].unit == '%')}", fontsize=9)
         runs = [run for seeds in curves[method].values() for run in seeds]
-        _draw_runs(panels[-1], [_curve(run, "loss_denoise") for run in runs], colour=COLOURS[i % 10], label=method)
+        _draw_runs(panels[-1], [_curve(run, "loss_denoise") for run in runs], style=STYLES[i % 30], label=method)
     panels[-1].set_title(LOGGED["loss_denoise"], fontsize=9)
     panels[0].legend(fontsize=7)
     for axes in panels:
@@ -132,9 +135,11 @@ def _curve(run: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], l
     return steps[SMOOTHED - 1 :], list(np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid"))
 
 
-def _draw_runs(axes: Axes, found: Sequence[tuple[list[float], list[float]]], *, colour: str, label: str) -> None:
+def _draw_runs(
+    axes: Axes, found: Sequence[tuple[list[float], list[float]]], *, style: tuple[str, str], label: str
+) -> None:
     for steps, values in found:
-        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.4)
+        axes.plot(steps, values, color=style[0], linewidth=0.5, alpha=0.4)
     length = min(len(steps) for steps, _ in found)
     mean = np.mean([values[:length] for _, values in found], axis=0)
-    axes.plot(found[0][0][:length], mean, color=colour, linewidth=1.8, label=label)
+    axes.plot(found[0][0][:length], mean, color=style[0], linestyle=style[1], linewidth=1.8, label=label)

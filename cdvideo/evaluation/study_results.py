@@ -14,6 +14,7 @@ import numpy as np
 
 from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.figures import Figure
+from cdvideo.evaluation.statistics import wilson
 from cdvideo.evaluation.study_config import MethodConfig, StudyConfig
 from cdvideo.evaluation.study_pieces import Piece, asked
 from cdvideo.evaluation.study_prompts import KINDS
@@ -124,12 +125,14 @@ class Pick:
         return found
 
     def figure(self, method: MethodConfig, metric: str, values_CP: Means) -> Figure:
-        scale = 100 if metric in PERCENT else 1
-        low, high = mean_interval(values_CP)
+        scale, unit = (100, "%") if metric in PERCENT else (1, "")
+        (low, high), how = mean_interval(values_CP), METHOD
+        if unit and low == high and values_CP.mean() in (0, 1):  # resampling what is all alike tells nothing
+            low, high = wilson(int(values_CP.sum()), values_CP.size)
+            how = "Wilson over concepts and prompts, of which all are alike"
         return Figure(
-            part=method.name, name=metric, value=scale * float(values_CP.mean()),
-            unit="%" if metric in PERCENT else "", interval=(scale * low, scale * high), method=METHOD,
-            **self.count(method, values_CP),
+            part=method.name, name=metric, value=scale * float(values_CP.mean()), unit=unit,
+            interval=(scale * low, scale * high), method=how, **self.count(method, values_CP),
         )  # fmt: skip
 
     def count(self, method: MethodConfig, values_CP: Means) -> dict[str, Any]:

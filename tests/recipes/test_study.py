@@ -63,6 +63,8 @@ def test_a_study_from_the_command_line(flags: list[str], tmp_path: Path, capsys:
     assert list(results["checkpoints"]) == ["spl"] and list(results["checkpoints"]["spl"]) == ["1", "2"]
     assert results["against"]["report on"]["spl"]["identity / plain"]["unit"] == "x"
     assert len(list((tmp_path / "cache" / "concepts").iterdir())) == 4
+    low, high = table["base"]["composition"]["interval_95"]
+    assert table["base"]["composition"]["value"] == low == 0 < high  # all wrong: Wilson's interval
     assert len(list((tmp_path / "cache" / "prior").rglob("*.png"))) == 2 * 2
     rows = list(csv.DictReader((tmp_path / "out" / "pictures.csv").open()))
     assert len(rows) == 5 * 2 * 8 * 2
