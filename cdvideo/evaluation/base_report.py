@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ from cdvideo.evaluation.drawing import Pictures, draw_stills
 from cdvideo.evaluation.figures import Figure, mean, share
 from cdvideo.evaluation.film_report import measure_films
 from cdvideo.evaluation.judge_model import HEADS
-from cdvideo.evaluation.metrics import class_margins, psnr
+from cdvideo.evaluation.metrics import Floats, class_margins, psnr
 from cdvideo.evaluation.prompts import Ask, choose_asks, class_phrases, with_unknown_words
 from cdvideo.sampling.video import to_uint8
-from cdvideo.world.scenes import render_scene, sample_scene
+from cdvideo.world.scenes import Scene, render_scene, sample_scene
 
 ROOT = Path(__file__).parents[2]
 # What the project asks of its embedded base, in %: subject, thing, setting, all three.
 ASKED_STILLS = {"trained": (95, 90, 95, 85), "heldout": (92, 85, 93, 75)}
+ASKED_JUDGE = (98, 95)  # in each head, as rendered and after the round trip, in %
 TITLES = {"trained": "Stills of triples that the base was trained on", "heldout": "Stills of held-out triples"}
 ALL = "all three"
 CLEAR_MARGIN = 0.1  # of the cosine within a class over that to the nearest other one
@@ -48,6 +50,7 @@ def measure_base(config: ReportConfig) -> Report:
     report = Report(settings=describe(bench))
     report.figures += [measure_size(bench.base)]
     measure_autoencoder(bench, report)
+    measure_judge(bench, report)
     measure_text(bench, report)
     measure_stills(bench, report)
     if bench.motion is not None:
@@ -73,22 +76,47 @@ def measure_size(base: Base) -> Figure:
 
 
 def measure_autoencoder(bench: Bench, report: Report) -> None:
-    """Round trip of real stills of held-out triples, and the judge on them before and after it."""
-    rng = np.random.default_rng([bench.config.seed, 10])
-    scenes = [sample_scene(rng, split="heldout") for _ in range(bench.config.scenes)]
-    images_BHWC = np.stack([fit(render_scene(scene, bench.sprites)[0], bench.base.resolution) for scene in scenes])
-    again_BHWC = np.concatenate([
-        through_vae(bench.base, images_BHWC[start : start + 64]) for start in range(0, len(images_BHWC), 64)
-    ])  # fmt: skip
+    """Round trip of real stills of held-out triples, and the judge on them, before and after it, for comparison."""
     part, of = "The autoencoder", "real stills of held-out triples"
-    report.figures += [mean(psnr(images_BHWC, again_BHWC), part=part, name="PSNR", unit="dB", of=of, at_least=29)]
-    wanted = [(scene.subject, scene.thing, scene.setting) for scene in scenes]
-    for title, pictures, least in (("as rendered", images_BHWC, 98), ("after the round trip", again_BHWC, 95)):
-        right_BH = right_heads(bench.look(pictures), wanted)
-        for h, head in enumerate(HEADS):
-            report.figures += [
-                share(right_BH[:, h], part=f"The judge, stills {title}", name=head, of=of, at_least=least)
-            ]
+    scenes = real_scenes(bench, "heldout", bench.config.scenes)
+    right, ratios_B = judge_real_stills(bench, scenes)
+    report.figures += [mean(ratios_B, part=part, name="PSNR", unit="dB", of=of, at_least=29)]
+    for title, right_BH in right.items():
+        report.figures += [
+            share(right_BH[:, h], part=f"The judge on held-out triples, {title}", name=head, of=of)
+            for h, head in enumerate(HEADS)
+        ]
+
+
+def measure_judge(bench: Bench, report: Report) -> None:
+    """The judge on the world as it is, all triples: stills that it was not trained on."""
+    right, _ = judge_real_stills(bench, real_scenes(bench, "any", bench.config.judge_scenes))
+    for (title, right_BH), least in zip(right.items(), ASKED_JUDGE, strict=True):
+        report.figures += [
+            share(right_BH[:, h], part=f"The judge, {title}", name=head, of="new real stills", at_least=least)
+            for h, head in enumerate(HEADS)
+        ]
+
+
+def real_scenes(bench: Bench, split: Literal["heldout", "any"], count: int) -> list[Scene]:
+    """New scenes of the world, another seed than any training's."""
+    rng = np.random.default_rng([bench.config.seed, 10 if split == "heldout" else 13])
+    return [sample_scene(rng, split=split) for _ in range(count)]
+
+
+def judge_real_stills(bench: Bench, scenes: Sequence[Scene]) -> tuple[dict[str, NDArray[np.bool_]], Floats]:
+    """Which heads are right, right_BH, as rendered and after the autoencoder's round trip; and its PSNR in dB."""
+    rights: dict[str, list[NDArray[np.bool_]]] = {"as rendered": [], "after the round trip": []}
+    ratios = []
+    for start in range(0, len(scenes), 64):
+        part = scenes[start : start + 64]
+        wanted = [(scene.subject, scene.thing, scene.setting) for scene in part]
+        images_BHWC = np.stack([fit(render_scene(scene, bench.sprites)[0], bench.base.resolution) for scene in part])
+        again_BHWC = through_vae(bench.base, images_BHWC)
+        for found, pictures in zip(rights.values(), (images_BHWC, again_BHWC), strict=True):
+            found.append(right_heads(bench.look(pictures), wanted))
+        ratios.append(psnr(images_BHWC, again_BHWC))
+    return {title: np.concatenate(found) for title, found in rights.items()}, np.concatenate(ratios)
 
 
 @torch.inference_mode()

@@ -91,7 +91,7 @@ def open_bench(config: ReportConfig) -> Bench:
 def describe(bench: Bench) -> dict[str, Any]:
     """With what the report was made; no paths, since reports travel."""
     config, device = bench.config, bench.base.device
-    counts = ("seed", "prompts", "seeds", "films", "frames", "clips", "scenes", "steps", "guidance")
+    counts = ("seed", "prompts", "seeds", "films", "frames", "clips", "scenes", "judge_scenes", "steps", "guidance")
     return {name: getattr(config, name) for name in counts} | {
         "base": Path(config.base).name,
         "base_hash": bench.base.hash,

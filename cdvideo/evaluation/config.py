@@ -29,8 +29,6 @@ class JudgeConfig:
     """Training state, metrics, and the judge."""
     cache: Path = Path(".cache/judge-world")
     """Its rendered stills."""
-    start: Path | None = None
-    """The folder of a judge to go on from; null starts from random weights. Its widths and blocks hold."""
     vae: Path | None = None
     """The base's VAE, for round trips as augmentation and for measuring; null does without."""
     widths: tuple[int, int, int, int] = (32, 64, 128, 160)
@@ -89,7 +87,9 @@ class ReportConfig:
     clips: int = 2
     """Real clips of each filmed triple, to compare with."""
     scenes: int = 1000
-    """Real stills of held-out triples, for the autoencoder and for checking the judge."""
+    """Real stills of held-out triples, for the autoencoder."""
+    judge_scenes: int = 4096
+    """Real stills of all triples, to check the judge on."""
     speed_runs: int = 3
     """Timed calls of animate.py on two cores; 0 leaves them out."""
     steps: int = 25
@@ -112,6 +112,7 @@ class ReportConfig:
             (self.frames >= 2, f"frames={self.frames}: must be at least 2, since films are measured by their motion"),
             (self.clips >= 1, f"clips={self.clips}: must be at least 1"),
             (self.scenes >= 1, f"scenes={self.scenes}: must be at least 1"),
+            (self.judge_scenes >= 1, f"judge_scenes={self.judge_scenes}: must be at least 1"),
             (self.speed_runs >= 0, f"speed_runs={self.speed_runs}: must be at least 0"),
             (1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
             (1 <= self.guidance <= 30, f"guidance={self.guidance:g}: must be from 1 (off) to 30"),

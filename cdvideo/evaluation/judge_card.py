@@ -58,11 +58,6 @@ def write_card(folder: Path) -> None:
         f"{facts['torch']}), {facts['date']}. "
         f"Temperatures: {', '.join(f'{head} {value:.3f}' for head, value in facts['temperature'].items())}.\n"
     )
-    if before := facts.get("started_from"):
-        lines.append(
-            f"It went on from a judge of {before['steps']:,} steps of {before['batch']} pictures with seed "
-            f"{before['seed']} ({before['seconds'] / 60:.1f} minutes on {before['device']}).\n"
-        )
     lines.append("Anew: `python scripts/evaluate.py train-judge --out FOLDER --vae cdvideo/base/tiny/vae`.\n")
     lines.append("## Classes\n")
     lines += [f"- {head}: {', '.join(name or 'nothing' for name in names)}" for head, names in CLASSES.items()]

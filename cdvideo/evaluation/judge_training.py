@@ -41,8 +41,6 @@ def train_judge(config: JudgeConfig, device: torch.device, limits: Limits) -> di
     torch.manual_seed(config.seed)
     loop, generator = config.loop, torch.Generator(device).manual_seed(config.seed)
     judge = Judge(widths=config.widths, blocks=config.blocks, side=config.side).to(device)
-    if config.start is not None:
-        judge = load_judge(config.start, device=device).train().requires_grad_(True)
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(judge, decay=loop.ema)
     optimizers = make_optimizers(judge, lr=loop.lr)
@@ -93,7 +91,6 @@ def finish(
     facts: dict[str, Any] = {
         "parameters": sum(p.numel() for p in shipped.parameters()),
         "bytes": file.stat().st_size,
-        "started_from": None if config.start is None else json.loads((config.start / "training.json").read_text()),
         "seed": config.seed,
         "scenes": config.scenes,
         "steps": stage.step,
