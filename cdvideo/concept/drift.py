@@ -52,11 +52,17 @@ class DriftMeter:
         """Measures where this step is one to measure at; means over the concepts.
 
         Returns:
-            Every `TEXT_EVERY` steps: `drift_cosine` (the mean cosine of the concept's phrases to the centre of the
-            class's cluster), `class_cosine` (the class's own, a constant), `drift_percentile` (the share, in %, of the
-            class's own phrases that stand no nearer to the centre than that mean). Every `ATTENTION_EVERY` steps also
-            `attention_class` and `attention_concept`, the shares of cross-attention in [0, 1] that the class word and
-            the token get, averaged over resolutions. Empty at other steps.
+            Every `TEXT_EVERY` steps:
+            - `drift_distance`: the mean of 1 - cos between a phrase of the concept and the same phrase of the class.
+            - `drift_cosine`: the mean cosine of the concept's phrases to the centre of the class's cluster. It stays
+              high for a concept whose phrases have become all alike, which the distance does not.
+            - `class_cosine`: the same for the class's own phrases, a constant.
+            - `drift_percentile`: the share, in %, of the class's own phrases that stand no nearer to the centre than
+              the concept's do on average.
+            Every `ATTENTION_EVERY` steps also:
+            - `attention_class`, `attention_concept`: the shares of cross-attention in [0, 1] that the class word and
+              the token get, averaged over resolutions.
+            Empty at other steps.
         """
         last = step == self.steps
         if step % TEXT_EVERY and not last:
@@ -99,6 +105,7 @@ class DriftMeter:
         own_T = cosines_to_centre(path.class_TD, path.class_TD)
         cosine = cosines_to_centre(path.concept_TD, path.class_TD).mean()
         return {
+            "drift_distance": 1 - (path.concept_TD * path.class_TD).sum(dim=1).mean().item(),
             "drift_cosine": cosine.item(),
             "class_cosine": own_T.mean().item(),
             "drift_percentile": 100 * (own_T <= cosine).float().mean().item(),

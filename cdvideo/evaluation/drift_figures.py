@@ -9,22 +9,22 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.attention_maps import REST, START
 from cdvideo.concept.drift import class_features, cosines_to_centre
-from cdvideo.concept.drift_file import DriftRecord
+from cdvideo.concept.drift_file import ConceptDrift, DriftRecord
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Plot
 
 SHOWN_STEPS = 8  # rows of maps
 
 
-def nearest_classes(base: Base, class_word: str, others: Sequence[str], *, count: int = 4) -> dict[str, Tensor]:
+def nearest_classes(base: Base, class_word: str, others: Sequence[str], *, count: int = 2) -> dict[str, Tensor]:
     """Those of other class words whose clusters lie nearest in text space, nearest first: unit features_TD of each."""
     own_TD = class_features(base, class_word)
     found = {word: class_features(base, word) for word in others if word != class_word}
@@ -33,66 +33,74 @@ def nearest_classes(base: Base, class_word: str, others: Sequence[str], *, count
 
 
 def text_space(records: Mapping[str, DriftRecord], token: str, neighbours: Mapping[str, Tensor]) -> bytes:
-    """Clusters of the class and of other classes in a plane, and the ways of one concept through it.
+    """Clusters of phrases in two planes, and the ways of one concept through them.
+
+    Left, what tells the class from its neighbours: does the concept go over to another class? Right, what tells the
+    concepts, as they ended, from the class: how far out of its cluster did each go?
 
     Args:
         records: Trainings of the same class word by the names to show, such as those of methods.
         token: The concept's.
-        neighbours: Other class words and their features_TD (`nearest_classes`); one at least.
+        neighbours: Other class words and their features_TD (`nearest_classes`); one at least. With two, the left plane
+            is the one that the three centres span.
     """
-    first = next(iter(records.values())).concepts[token]
-    clusters = {first.class_word: first.class_TD.numpy(), **{word: f.numpy() for word, f in neighbours.items()}}
-    plane = Plane.of(np.stack(list(clusters.values())))
-    plot = _plot(8, 6.5)
-    axes = plot.subplots()
-    for i, (word, features_TD) in enumerate(clusters.items()):
-        points_T2 = plane.phrases(features_TD)
-        axes.scatter(points_T2[:, 0], points_T2[:, 1], s=9, color=f"C{i}", alpha=0.45, linewidths=0)
-        axes.annotate(word, points_T2.mean(axis=0), color=f"C{i}", fontsize=11, ha="center", weight="bold")
-    for i, (name, record) in enumerate(records.items()):
-        concept, colour = record.concepts[token], f"C{(len(clusters) + i) % 10}"
-        assert concept.class_word == first.class_word, f"{name} is of another class"
-        way_S2 = plane.means(np.stack([mean_D.numpy() for mean_D in concept.path]))
-        axes.plot(*way_S2.T, "-o", color=colour, markersize=2.5, linewidth=1.2, label=name)
-        last_T2 = plane.phrases(concept.concept_TD.numpy())
-        axes.scatter(last_T2[:, 0], last_T2[:, 1], s=9, color=colour, marker="x", linewidths=0.6)
-        for at in (0, -1):
-            axes.annotate(str(record.text_steps[at]), way_S2[at], xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xlabel(f"first principal axis of the classes, {plane.explained[0]:.0%} of what tells them apart")
-    axes.set_ylabel(f"second, {plane.explained[1]:.0%}")
-    axes.set_title(
-        "Dots: held-out phrases of a class. Lines: the concept's mean over the steps; crosses: its last phrases"
+    concepts = {name: record.concepts[token] for name, record in records.items()}
+    class_word, class_TD = next((concept.class_word, concept.class_TD) for concept in concepts.values())
+    assert {concept.class_word for concept in concepts.values()} == {class_word}, "trainings of different classes"
+    plot = _plot(13, 6)
+    left, right = plot.subplots(1, 2)
+    _draw_plane(left, Plane.of([class_TD, *neighbours.values()]), {class_word: class_TD, **neighbours}, concepts)
+    ends = [concept.concept_TD for concept in concepts.values()]
+    _draw_plane(right, Plane.of([class_TD, *ends]), {class_word: class_TD}, concepts)
+    title = (
+        "Dots: phrases of a class. Lines: a concept's mean over the steps, from its start (square); crosses: its end"
     )
-    axes.legend(fontsize=8)
+    plot.suptitle(title, fontsize=9)
     return _svg(plot)
 
 
-class Plane:
-    """Two principal axes of what tells classes apart.
+def _draw_plane(axes: Axes, plane: Plane, clusters: Mapping[str, Tensor], concepts: Mapping[str, ConceptDrift]) -> None:
+    for i, (word, features_TD) in enumerate(clusters.items()):
+        points_T2 = plane.phrases(features_TD).numpy()
+        axes.scatter(points_T2[:, 0], points_T2[:, 1], 9, color=f"C{i % 10}", alpha=0.45, linewidths=0, label=word)
+    for i, (name, concept) in enumerate(concepts.items()):
+        colour, way_S2 = f"C{9 - i % 10}", plane.means(torch.stack(concept.path)).numpy()
+        last_T2 = plane.phrases(concept.concept_TD).numpy()
+        axes.scatter(last_T2[:, 0], last_T2[:, 1], 9, color=colour, marker="x", linewidths=0.6)
+        axes.plot(way_S2[:, 0], way_S2[:, 1], "-o", color=colour, markersize=2.5, linewidth=1.2, label=name)
+        axes.plot(*way_S2[0], "s", color=colour, markersize=6)
+    axes.set_xlabel(f"first principal axis, {plane.explained[0]:.0%} of what tells apart")
+    axes.set_ylabel(f"second, {plane.explained[1]:.0%}")
+    axes.legend(fontsize=8)
 
-    Phrases differ more from each other than classes do, and in the same way for all classes; so each phrase's mean over
-    the classes is taken away first, and the plane shows the classes.
+
+class Plane:
+    """Two principal axes of what tells clusters of phrases apart.
+
+    Phrases differ more from each other than classes do, and in much the same way for all classes; so each phrase's mean
+    over the clusters is taken away first, and the plane shows the clusters.
     """
 
-    def __init__(self, phrase_means_TD: NDArray[np.floating], axes_2D: NDArray[np.floating], explained: list[float]):
+    def __init__(self, phrase_means_TD: Tensor, axes_2D: Tensor, explained: list[float]) -> None:
         self.phrase_means_TD, self.axes_2D, self.explained = phrase_means_TD, axes_2D, explained
 
     @classmethod
-    def of(cls, clusters_CTD: NDArray[np.floating]) -> Plane:
-        """The plane of C >= 2 classes over the same T phrases."""
-        assert len(clusters_CTD) >= 2, "one class has nothing to be told apart from"
-        phrase_means_TD = clusters_CTD.mean(axis=0)
-        offsets_ND = (clusters_CTD - phrase_means_TD).reshape(-1, clusters_CTD.shape[-1])
-        _, strengths, axes_DD = np.linalg.svd(offsets_ND, full_matrices=False)
-        return cls(phrase_means_TD, axes_DD[:2], list(strengths[:2] ** 2 / (strengths**2).sum()))
+    def of(cls, clusters: Sequence[Tensor]) -> Plane:
+        """The plane of two clusters or more, features_TD of the same T phrases."""
+        clusters_CTD = torch.stack([*clusters])
+        assert len(clusters_CTD) >= 2, "one cluster has nothing to be told apart from"
+        phrase_means_TD = clusters_CTD.mean(dim=0)
+        _, strengths, axes_DD = torch.linalg.svd((clusters_CTD - phrase_means_TD).flatten(0, 1), full_matrices=False)
+        shares = strengths.square() / strengths.square().sum()
+        return cls(phrase_means_TD, axes_DD[:2], shares[:2].tolist())
 
-    def phrases(self, features_TD: NDArray[np.floating]) -> NDArray[np.floating]:
+    def phrases(self, features_TD: Tensor) -> Tensor:
         """Where the phrases of one class or concept lie: points_T2."""
         return (features_TD - self.phrase_means_TD) @ self.axes_2D.T
 
-    def means(self, features_SD: NDArray[np.floating]) -> NDArray[np.floating]:
+    def means(self, features_SD: Tensor) -> Tensor:
         """Where means over all phrases lie: points_S2."""
-        return (features_SD - self.phrase_means_TD.mean(axis=0)) @ self.axes_2D.T
+        return (features_SD - self.phrase_means_TD.mean(dim=0)) @ self.axes_2D.T
 
 
 def attention_over_steps(record: DriftRecord, token: str) -> bytes:
@@ -102,7 +110,7 @@ def attention_over_steps(record: DriftRecord, token: str) -> bytes:
     get most of it everywhere, are left out.
     """
     concept = record.concepts[token]
-    mass_SWR = np.stack([mass_WR.numpy() for mass_WR in concept.mass])
+    mass_SWR = torch.stack(concept.mass).numpy()
     plot = _plot(5.5 * len(concept.heights), 4)
     for r, axes in enumerate(plot.subplots(1, len(concept.heights), squeeze=False)[0]):
         for w, word in enumerate(concept.words):
@@ -114,6 +122,7 @@ def attention_over_steps(record: DriftRecord, token: str) -> bytes:
         axes.set_title(f"maps {concept.heights[r]} cells high", fontsize=9)
         axes.set_xlabel("step")
         axes.set_ylabel("share of cross-attention")
+        axes.set_yscale("log")
         axes.grid(alpha=0.3)
     plot.axes[0].legend(fontsize=8)
     return _svg(plot)
@@ -126,8 +135,8 @@ def maps_over_steps(record: DriftRecord, token: str) -> bytes:
     """
     concept = record.concepts[token]
     words = [w for w, word in enumerate(concept.words) if word not in (START, REST)]
-    rows = np.unique(np.linspace(0, len(concept.maps) - 1, SHOWN_STEPS).round().astype(int))
-    maps_SWHW = np.stack([concept.maps[s].float().numpy() for s in rows])
+    rows = torch.linspace(0, len(concept.maps) - 1, SHOWN_STEPS).round().int().unique().tolist()
+    maps_SWHW = torch.stack([concept.maps[s].float() for s in rows]).numpy()
     plot = _plot(1.5 * len(words) + 0.5, 1.5 * len(rows) + 0.3)
     grid = plot.subplots(len(rows), len(words), squeeze=False)
     for row, s in enumerate(rows):

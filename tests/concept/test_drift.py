@@ -59,6 +59,17 @@ def test_a_token_far_from_the_class_stands_further_off(tiny_base: Base, concept:
     assert -1 <= far["drift_cosine"] < near["drift_cosine"] <= 1
     assert far["drift_percentile"] < near["drift_percentile"] <= 100
     assert far["class_cosine"] == near["class_cosine"]
+    assert far["drift_distance"] > near["drift_distance"] > 0
+
+
+def test_the_distance_is_that_of_the_same_phrases(tiny_base: Base, concept: Concept) -> None:
+    measured = meter_of(tiny_base).measure(concept, 0)
+    of_concept_TD, of_class_TD = (
+        phrase_features(tiny_base, [fill(t, phrase) for t in HELD_OUT_PHRASES], {"sks": concept.tokens["sks"]})
+        for phrase in ("sks stuffed animal", "stuffed animal")
+    )
+    by_hand = 1 - F.cosine_similarity(of_concept_TD, of_class_TD).mean().item()
+    assert measured["drift_distance"] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_the_path_is_the_mean_of_unit_features(tiny_base: Base, concept: Concept) -> None:
