@@ -42,6 +42,8 @@ Likeness (identity, CLIP-I, DINO-I) is the mean cosine of a picture to the conce
 BLIP-T) that with the prompt, in which the class word stands alone. Diversity is 1 - the mean cosine of the pictures of
 a prompt to each other. Copying is the largest cosine to one of the concept's pictures, less what these have among
 themselves: above 0 it is nearer to one of them than they are to each other. Both are of the judge's features.
+Class pull is drift that is seen: how much nearer to the concept's pictures (cosine of identity) the class's own came,
+drawn without the token; one number for each training.
 """
 
 
@@ -65,6 +67,8 @@ def render_page(results: StudyResults, plots: Mapping[str, bytes]) -> str:
     for name, title in (("training", "While learning"), ("steps", "Over the steps")):
         if name in plots:
             body += [f"<h2>{title}</h2>", plot_image(plots[name], title)]
+    for title, svg in results.drift.items():
+        body += [f"<h3>{escape(title)}</h3>", plot_image(svg, title)]
     chosen = (
         f"Nothing was picked: the seed chooses the prompts. What was trained is asked for as {TOKEN} and the class "
         "word. Where the outline is green the judge finds all."

@@ -28,7 +28,7 @@ from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.encoders import BlipScorer, ClipEncoder, DinoEncoder, IdentityEncoder, ImageEncoder, TextScorer
 from cdvideo.evaluation.identity_model import IDENTITY, WEIGHTS_FILE
 from cdvideo.evaluation.judge_model import JUDGE, load_judge
-from cdvideo.evaluation.study_config import MethodConfig, StudyConfig
+from cdvideo.evaluation.study_config import TOKEN, MethodConfig, StudyConfig
 from cdvideo.evaluation.study_prompts import StudyPrompt, study_prompts
 from cdvideo.evaluation.study_scores import Instruments, Scores, score_films, score_pictures
 from cdvideo.media.images import Picture
@@ -38,7 +38,6 @@ from cdvideo.runs import atomic_path, open_run
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.prior import prior_pictures
 from cdvideo.sampling.video import sample_video, to_uint8
-from cdvideo.world.heldout import HELDOUT_INDIVIDUALS
 from cdvideo.world.samples import heldout_individual, sample_scenes
 from cdvideo.world.scenes import Scene, compose, render_clip, render_scene
 from cdvideo.world.sprites import Sprites, load_sprites
@@ -173,29 +172,40 @@ def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, lis
 
 def draw(bench: StudyBench, piece: Piece) -> Path:
     """The file of a piece's pictures, images_BHWC in the order of `asked`; drawn where it is not there yet."""
-    config = bench.config
+    config, place = bench.config, Path("films" if piece.film else "pictures")
     prompts, seeds = asked(config, piece)
+    subject = prompts[0].subject
     facts: dict[str, Any] = {"prompts": [prompt.template for prompt in prompts], "seeds": seeds}
     if piece.film:
         facts |= {"frames": config.films.frames}
     if piece.method.source == "renders":
         facts |= {"renders": piece.concept, "side": bench.base.resolution}
-        return _keep(bench, piece, facts, lambda: _render(bench, piece, prompts, seeds))
-    phrase, folder = prompts[0].subject, None
-    facts |= {"subject": phrase, "steps": config.steps, "guidance": config.guidance}
-    facts |= {"base": bench.base.hash, "dtype": str(bench.base.dtype)}
-    if piece.method.source == "trained":
-        folder = train(bench, piece)
-        phrase = bench.config.concept_config(piece.method, piece.concept, piece.seed).phrase
-        facts |= {"concept": folder.name, "step": piece.step}
+        return keep(bench, place / piece.concept, facts, lambda: _render(bench, piece, prompts, seeds))
+    facts |= {"subject": subject} | sampling_facts(bench, piece)
+    phrase = f"{TOKEN} {subject}" if piece.method.source == "trained" else subject
 
     def sample() -> Pictures:
-        file = CONCEPT_FILE if piece.step is None else f"concept_{piece.step:05d}.safetensors"
-        concept = None if folder is None else load_concept(folder / file, base=bench.base)
         texts = [prompt.text(phrase) for prompt in prompts]
-        return (_film if piece.film else _draw_stills)(bench, texts, seeds, concept)
+        return (_film if piece.film else _draw_stills)(bench, texts, seeds, learned(bench, piece))
 
-    return _keep(bench, piece, facts, sample)
+    return keep(bench, place / (subject if piece.method.source == "base" else piece.concept), facts, sample)
+
+
+def learned(bench: StudyBench, piece: Piece) -> Concept | None:
+    """The concept as it was at the piece's step; None for the base alone."""
+    if piece.method.source != "trained":
+        return None
+    file = CONCEPT_FILE if piece.step is None else f"concept_{piece.step:05d}.safetensors"
+    return load_concept(train(bench, piece) / file, base=bench.base)
+
+
+def sampling_facts(bench: StudyBench, piece: Piece) -> dict[str, Any]:
+    """What determines a picture beside its prompt and its seed."""
+    facts: dict[str, Any] = {"steps": bench.config.steps, "guidance": bench.config.guidance}
+    facts |= {"base": bench.base.hash, "dtype": str(bench.base.dtype)}
+    if piece.method.source == "trained":
+        facts |= {"concept": train(bench, piece).name, "step": piece.step}
+    return facts
 
 
 def score(bench: StudyBench, piece: Piece) -> tuple[Path, Scores]:
@@ -260,10 +270,13 @@ def _training_facts(bench: StudyBench, piece: Piece, config: ConceptConfig, imag
     return settings | found | {"checkpoints": piece.method.checkpoints}
 
 
-def _keep(bench: StudyBench, piece: Piece, facts: Mapping[str, Any], make: Callable[[], Pictures]) -> Path:
-    """The file of pictures with these facts, made where it is missing, with the facts beside it."""
-    shared = HELDOUT_INDIVIDUALS[piece.concept].subject if piece.method.source == "base" else piece.concept
-    path = bench.config.cache / ("films" if piece.film else "pictures") / f"{_name(shared, facts)}.npy"
+def keep(bench: StudyBench, path: Path, facts: Mapping[str, Any], make: Callable[[], Pictures]) -> Path:
+    """The file of pictures with these facts, made where it is missing, with the facts beside it.
+
+    Args:
+        path: in the cache, as far as it is for people to read; the facts' hash is added to its name.
+    """
+    path = bench.config.cache / path.parent / f"{_name(path.name, facts)}.npy"
     if not path.exists():
         start = time.perf_counter()
         pictures = make()

@@ -46,7 +46,7 @@ class StudyResults:
 
     tables and films: half -> method -> metric. kinds: half -> method -> kind of prompt: composition. against and
     films_against: half -> method -> "<metric> / <other method>": ratio of means. checkpoints: method -> step -> metric,
-    the last step included. references: each concept's own pictures.
+    the last step included. references: each concept's own pictures. drift: plots by title, as SVG.
     """
 
     config: StudyConfig
@@ -58,6 +58,7 @@ class StudyResults:
     against: dict[str, Table] = field(default_factory=dict)
     films: dict[str, Table] = field(default_factory=dict)
     films_against: dict[str, Table] = field(default_factory=dict)
+    drift: dict[str, bytes] = field(default_factory=dict)
     checkpoints: dict[str, dict[int, dict[str, Figure]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -198,7 +199,8 @@ def picture_rows(results: StudyResults, *, film: bool = False) -> str:
     out = io.StringIO()
     chosen = [m for m in results.measured if m.piece.film == film]
     fields = ["method", "concept", "training seed", "step", "kind", "held out", "semantic phrase", "prompt", "seed"]
-    writer = csv.DictWriter(out, [*fields, *chosen[0].scores], lineterminator="\n")
+    metrics = dict.fromkeys(name for measured in chosen for name in measured.scores)
+    writer = csv.DictWriter(out, [*fields, *metrics], lineterminator="\n")
     writer.writeheader()
     for measured in chosen:
         piece = measured.piece
