@@ -86,7 +86,7 @@ HELD_OUT_PHRASES = (
     "a {} wearing a cap",
     "a {} wearing a straw hat",
     "a {} wearing a santa hat",
-    "a {} wearing a graduation cap",
+    "a {} in a graduation cap",
     "a {} wearing a medal",
     "a {} in a wizard hat",
     "a {} with a medal",
@@ -116,13 +116,13 @@ HELD_OUT_PHRASES = (
     "a {} jumping",
     "a {} sitting",
     "a {} wearing headphones surfing",
-    "a {} wearing a cap in the rain",
+    "a {} with a scarf in the rain",
     "a {} wearing a scarf skiing",
-    "a {} wearing glasses in the city at night",
+    "a {} wearing glasses at night",
     "a {} with a medal in the forest",
-    "a {} in a wizard hat in the desert",
+    "a {} with a bow underwater",
     "a happy {} sailing a boat",
-    "a yellow {} wearing headphones in the park",
+    "a yellow {} wearing headphones",
 )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What a training may log, and how the panel is called.
 LOGGED = {
     "loss_denoise": "denoising loss, mean of 25 steps",
+    "drift_distance": "distance to the class's phrases in text space",
     "drift_cosine": "cosine to the class in text space (dashed: the class itself)",
     "drift_percentile": "percentile among the class's own phrases",
     "attention_class": "attention on the class token",
