@@ -1,4 +1,4 @@
-"""Measure the embedded base (`evaluate.py base`), and train the judge that does it (`evaluate.py train-judge`)."""
+"""Measure the embedded base (`base`), compare ways to learn a concept (`study`), train what measures (`train-...`)."""
 
 import sys
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cdvideo.evaluation.figures import Figure
 from cdvideo.evaluation.study_config import StudyConfig
 from cdvideo.evaluation.study_drift import class_pull, drift_plots
-from cdvideo.evaluation.study_pieces import StudyBench, concept_images, open_study, pieces, score, train
+from cdvideo.evaluation.study_pieces import StudyBench, open_study, pieces, score, train
 from cdvideo.evaluation.study_results import HALVES, Measured, StudyResults, picture_rows, summarise
 from cdvideo.runs import atomic_path
 
@@ -38,8 +38,7 @@ def run_study(config: StudyConfig) -> StudyResults:
             if folder is not None and not piece.film and "identity" in bench.instruments.likeness:
                 scores["class pull"] = [class_pull(bench, piece)] * len(scores["composition"])
             measured.append(Measured(piece, folder, file, scores))
-    own = {concept: concept_images(concept, bench.sprites, config.pictures_in) for concept in config.concepts}
-    results = StudyResults(config, measured, describe(bench, measured), own)
+    results = StudyResults(config, measured, describe(bench, measured), bench.pictures)
     results.drift = drift_plots(bench, measured)
     summarise(results)
     write_results(results)

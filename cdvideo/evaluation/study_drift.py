@@ -13,7 +13,7 @@ from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.drift_figures import attention_over_steps, nearest_classes, text_space
 from cdvideo.evaluation.drift_output import draw_class
 from cdvideo.evaluation.study_config import TOKEN, MethodConfig
-from cdvideo.evaluation.study_pieces import Piece, StudyBench, concept_images, keep, learned, sampling_facts
+from cdvideo.evaluation.study_pieces import Piece, StudyBench, keep, learned, sampling_facts
 from cdvideo.evaluation.study_results import Measured
 from cdvideo.world.heldout import HELDOUT_INDIVIDUALS
 from cdvideo.world.scenes import SUBJECTS
@@ -29,7 +29,7 @@ def class_pull(bench: StudyBench, piece: Piece) -> float:
     subject = HELDOUT_INDIVIDUALS[piece.concept].subject
     before = Piece(MethodConfig(name="base", source="base"), piece.concept, piece.seed)
     encoder, likeness = bench.instruments.likeness["identity"], []
-    references_RD = encoder.images(concept_images(piece.concept, bench.sprites, bench.config.pictures_in))
+    references_RD = encoder.images(bench.pictures[piece.concept])
     for asked in (before, piece):
         facts = {"subject": subject, "seeds": list(SEEDS)} | sampling_facts(bench, asked)
         place = Path("classes") / (subject if asked is before else piece.concept)

@@ -56,6 +56,7 @@ class StudyBench:
     motion: MotionModules | None
     instruments: Instruments
     sprites: Sprites
+    pictures: Mapping[str, Pictures]  # each concept's own: images_RHWC
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def open_study(config: StudyConfig) -> StudyBench:
             )
         motion = load_motion(base.path / "motion", device=device, dtype=base.dtype)
     trainee = load_base(config.base, device=device)
-    return StudyBench(config, trainee, base, motion, instruments, sprites)
+    pictures = {concept: concept_images(concept, sprites, config.pictures_in) for concept in config.concepts}
+    return StudyBench(config, trainee, base, motion, instruments, sprites, pictures)
 
 
 def load_instruments(config: StudyConfig, device: torch.device) -> Instruments:
@@ -147,7 +149,7 @@ def asked(config: StudyConfig, piece: Piece) -> tuple[list[StudyPrompt], list[in
 def train(bench: StudyBench, piece: Piece) -> Path:
     """The folder of a piece's training, which holds its concept file; trained where it is not there yet."""
     config = bench.config.concept_config(piece.method, piece.concept, piece.seed)
-    images_RHWC = concept_images(piece.concept, bench.sprites, bench.config.pictures_in)
+    images_RHWC = bench.pictures[piece.concept]
     pictures = [Picture(name=f"{i + 1}.png", image=Image.fromarray(image)) for i, image in enumerate(images_RHWC)]
     folder = bench.config.cache / "concepts" / _name(piece.concept, _training_facts(bench, piece, config, images_RHWC))
     if (folder / CONCEPT_FILE).exists():
@@ -211,7 +213,7 @@ def sampling_facts(bench: StudyBench, piece: Piece) -> dict[str, Any]:
 def score(bench: StudyBench, piece: Piece) -> tuple[Path, Scores]:
     """The file of a piece's pictures, and their scores; measured where they are not there yet."""
     file = draw(bench, piece)
-    references_RHWC = concept_images(piece.concept, bench.sprites, bench.config.pictures_in)
+    references_RHWC = bench.pictures[piece.concept]
     prompts, _ = asked(bench.config, piece)
     facts: dict[str, Any] = {"pictures": file.stem, "asked": [str(prompt) for prompt in prompts]}
     facts |= {"instruments": bench.instruments.names, "references": _digest(references_RHWC)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,7 +52,7 @@ class StudyResults:
     config: StudyConfig
     measured: list[Measured]
     settings: dict[str, Any]
-    references: dict[str, Pictures]
+    references: Mapping[str, Pictures]
     tables: dict[str, Table] = field(default_factory=dict)
     kinds: dict[str, Table] = field(default_factory=dict)
     against: dict[str, Table] = field(default_factory=dict)
