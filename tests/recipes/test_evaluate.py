@@ -17,7 +17,18 @@ from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
 
 CPU = torch.device("cpu")
-SMALL = ["prompts=3", "seeds=2", "films=2", "frames=3", "steps=2", "scenes=3", "judge_scenes=3", "clips=1", "speed_runs=0", "batch=2"]
+SMALL = [
+    "prompts=3",
+    "seeds=2",
+    "films=2",
+    "frames=3",
+    "steps=2",
+    "scenes=3",
+    "judge_scenes=3",
+    "clips=1",
+    "speed_runs=0",
+    "batch=2",
+]
 
 
 @pytest.fixture
