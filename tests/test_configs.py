@@ -15,7 +15,7 @@ CLASSES = {  # how a file's path begins; the longest that fits
     "animate": "cdvideo.sampling.config.AnimateConfig",
     "base": "cdvideo.world.config.MakeBaseConfig",
     "concept": "cdvideo.concept.config.ConceptConfig",
-    "evaluate": "cdvideo.evaluation.study_config.StudyConfig",
+    "evaluate": "cdvideo.evaluation.study.config.StudyConfig",
     "evaluate/base_": "cdvideo.evaluation.config.ReportConfig",
 }
 GIVEN = {"animate": ["prompt=a dog"]}  # what has no default

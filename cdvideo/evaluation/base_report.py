@@ -24,7 +24,7 @@ from cdvideo.evaluation.config import ReportConfig
 from cdvideo.evaluation.drawing import Pictures, draw_stills
 from cdvideo.evaluation.figures import Figure, mean, share
 from cdvideo.evaluation.film_report import measure_films
-from cdvideo.evaluation.judge_model import HEADS
+from cdvideo.evaluation.judge.model import HEADS
 from cdvideo.evaluation.metrics import Floats, class_margins, psnr
 from cdvideo.evaluation.prompts import Ask, choose_asks, class_phrases, with_unknown_words
 from cdvideo.sampling.video import to_uint8

@@ -21,7 +21,7 @@ from cdvideo.errors import UserError
 from cdvideo.evaluation.config import ReportConfig
 from cdvideo.evaluation.drawing import Pictures, open_store
 from cdvideo.evaluation.figures import Figure
-from cdvideo.evaluation.judge_model import HEADS, JUDGE, Judge, Verdicts, label_indices, load_judge
+from cdvideo.evaluation.judge.model import HEADS, JUDGE, Judge, Verdicts, label_indices, load_judge
 from cdvideo.evaluation.prompts import Ask
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules

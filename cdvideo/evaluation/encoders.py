@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from cdvideo.errors import UserError
 from cdvideo.evaluation.bench import to_pixels
 from cdvideo.evaluation.drawing import Pictures
-from cdvideo.evaluation.identity_model import IDENTITY, load_identity
+from cdvideo.evaluation.identity.model import IDENTITY, load_identity
 
 if TYPE_CHECKING:
-    from cdvideo.evaluation.judge_model import Judge
+    from cdvideo.evaluation.judge.model import Judge
 
 Features: TypeAlias = NDArray[np.floating]
 BATCH = 64  # pictures at once

@@ -12,8 +12,8 @@ from pathlib import Path
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.evaluation.config import JudgeConfig, ReportConfig
-from cdvideo.evaluation.identity_main import identity_parser, train_identity_command
-from cdvideo.evaluation.study_main import study_command, study_parser
+from cdvideo.evaluation.identity.main import identity_parser, train_identity_command
+from cdvideo.evaluation.study.main import study_command, study_parser
 from cdvideo.runs import require_writable
 
 
@@ -99,9 +99,9 @@ def _train_judge(args: Namespace) -> None:
     import torch
 
     from cdvideo.device import pick_device
-    from cdvideo.evaluation.judge_data import render
-    from cdvideo.evaluation.judge_model import HEADS
-    from cdvideo.evaluation.judge_training import train_judge
+    from cdvideo.evaluation.judge.data import render
+    from cdvideo.evaluation.judge.model import HEADS
+    from cdvideo.evaluation.judge.training import train_judge
     from cdvideo.world.training import Limits
 
     device = pick_device(config.device)

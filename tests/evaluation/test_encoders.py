@@ -23,8 +23,8 @@ from transformers import (
 
 from cdvideo.errors import UserError
 from cdvideo.evaluation.encoders import BlipScorer, ClipEncoder, DinoEncoder, IdentityEncoder, JudgeEncoder
-from cdvideo.evaluation.identity_model import IdentityNet, save_identity
-from cdvideo.evaluation.judge_model import Judge
+from cdvideo.evaluation.identity.model import IdentityNet, save_identity
+from cdvideo.evaluation.judge.model import Judge
 
 CPU = torch.device("cpu")
 SIDE = 32

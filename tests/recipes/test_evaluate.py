@@ -11,7 +11,7 @@ import torch
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
-from cdvideo.evaluation.judge_model import Judge, load_judge, save_judge
+from cdvideo.evaluation.judge.model import Judge, load_judge, save_judge
 from cdvideo.evaluation.main import main
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules

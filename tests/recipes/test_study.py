@@ -12,8 +12,8 @@ import torch
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
-from cdvideo.evaluation.identity_model import IdentityNet, save_identity
-from cdvideo.evaluation.judge_model import Judge, save_judge
+from cdvideo.evaluation.identity.model import IdentityNet, save_identity
+from cdvideo.evaluation.judge.model import Judge, save_judge
 from cdvideo.evaluation.main import main
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules

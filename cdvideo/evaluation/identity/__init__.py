@@ -1,0 +1,1 @@
+"""The identity encoder: whether two pictures of the world show the same individual."""

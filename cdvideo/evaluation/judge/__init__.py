@@ -1,0 +1,1 @@
+"""The judge: what is in a picture of the world."""

@@ -1,0 +1,1 @@
+"""The study: ways to learn a concept, compared on equal terms."""
