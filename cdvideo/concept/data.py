@@ -9,12 +9,15 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
+from cdvideo.base.schedule import add_noise, make_scheduler
+from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.config import DataConfig
 from cdvideo.concept.phrases import CLOSE_UP, FAR_AWAY, fill, training_prompts
 from cdvideo.media.images import Picture
@@ -144,6 +147,48 @@ def cache_latents(
     ]
     bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
     latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
+    latents_NCHW = torch.cat(latents)
     masks_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
+    if config.focus == "subject":
+        masks_N1HW *= subject_masks(base, latents_NCHW, fill("a picture of a {}", class_phrase), seed=seed)
     sizes, templates = tuple(v.size for v in variants), training_prompts(config.style)
-    return LatentCache(phrase, class_phrase, torch.cat(latents), masks_N1HW, sizes, templates)
+    return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, sizes, templates)
+
+
+MASK_DRAWS = 4  # of noise
+MASK_THRESHOLD = 0.25  # of the contrast where the subject is clearest
+MASK_BATCH = 16
+
+
+@torch.no_grad()
+def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: int) -> Tensor:
+    """Where the base itself sees the class in each picture: masks_N1HW, 0 or 1.
+
+    DiffEdit (arXiv 2210.11427, section 3.2): half of the noise is added, and where the predictions for two prompts,
+    here the class's and the empty one, differ most, there the subject is. The mask is widened by a cell, since outlines
+    belong to the subject.
+
+    Args:
+        class_prompt: Such as "a picture of a dog".
+        seed: Of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = make_scheduler(base.scheduler_config)
+    text_BLD = encode_text(base.text_encoder, tokenize(base.tokenizer, [class_prompt, ""])).hidden_BLD
+    masks = []
+    for part_BCHW in latents_NCHW.split(MASK_BATCH):
+        timesteps_B = torch.full((len(part_BCHW),), scheduler.config["num_train_timesteps"] // 2, device=base.device)
+        contrast_B1HW = torch.zeros_like(part_BCHW[:, :1])
+        for _ in range(MASK_DRAWS):
+            noise_BCHW = torch.randn(part_BCHW.shape, generator=generator).to(base.device)
+            noisy_BCHW = add_noise(scheduler, part_BCHW, noise_BCHW, timesteps_B).to(base.dtype).repeat(2, 1, 1, 1)
+            text_2BLD = text_BLD.repeat_interleave(len(part_BCHW), dim=0)
+            prediction_BCHW = base.unet(noisy_BCHW, timesteps_B.repeat(2), text_2BLD).sample.float()
+            with_class_BCHW, without_BCHW = prediction_BCHW.chunk(2)
+            contrast_B1HW += (with_class_BCHW - without_BCHW).abs().mean(dim=1, keepdim=True)
+        width = 2 * (part_BCHW.shape[-1] // 16) + 1  # about an eighth of a side
+        smooth_B1HW = F.avg_pool2d(contrast_B1HW, width, stride=1, padding=width // 2, count_include_pad=False)
+        clearest_B111 = smooth_B1HW.flatten(1).quantile(0.95, dim=1).view(-1, 1, 1, 1)
+        seen_B1HW = (smooth_B1HW > MASK_THRESHOLD * clearest_B111).float()
+        masks.append(F.max_pool2d(seen_B1HW, width, stride=1, padding=width // 2))
+    return torch.cat(masks)

@@ -113,7 +113,8 @@ def test_several_concepts_are_averaged(tiny_base: Base, concept: Concept) -> Non
 
     def measure(tokens: list[str]) -> dict[str, float]:
         meter = DriftMeter(tiny_base, {t: words[t] for t in tokens}, dict.fromkeys(tokens, latents_NCHW), steps=9)
-        return meter.measure(dataclasses.replace(concept, tokens=rows), 0)
+        metadata = dataclasses.replace(concept.metadata, class_words=words)
+        return meter.measure(dataclasses.replace(concept, tokens=rows, metadata=metadata), 0)
 
     one, other, both = measure(["sks"]), measure(["ktn"]), measure(["sks", "ktn"])
     assert one["drift_cosine"] != other["drift_cosine"]
