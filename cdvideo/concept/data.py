@@ -156,7 +156,7 @@ def cache_latents(
 
 
 MASK_DRAWS = 4  # of noise
-MASK_THRESHOLD = 0.25  # of the contrast where the subject is clearest
+MASK_THRESHOLD = 0.2  # of the contrast where the subject is clearest
 MASK_BATCH = 16
 
 
@@ -165,8 +165,7 @@ def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: 
     """Where the base itself sees the class in each picture: masks_N1HW, 0 or 1.
 
     DiffEdit (arXiv 2210.11427, section 3.2): half of the noise is added, and where the predictions for two prompts,
-    here the class's and the empty one, differ most, there the subject is. The mask is widened by a cell, since outlines
-    belong to the subject.
+    here the class's and the empty one, differ most, there the subject is. Smoothing leaves a narrow border around it.
 
     Args:
         class_prompt: Such as "a picture of a dog".
@@ -189,6 +188,5 @@ def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: 
         width = 2 * (part_BCHW.shape[-1] // 16) + 1  # about an eighth of a side
         smooth_B1HW = F.avg_pool2d(contrast_B1HW, width, stride=1, padding=width // 2, count_include_pad=False)
         clearest_B111 = smooth_B1HW.flatten(1).quantile(0.95, dim=1).view(-1, 1, 1, 1)
-        seen_B1HW = (smooth_B1HW > MASK_THRESHOLD * clearest_B111).float()
-        masks.append(F.max_pool2d(seen_B1HW, width, stride=1, padding=width // 2))
+        masks.append((smooth_B1HW > MASK_THRESHOLD * clearest_B111).float())
     return torch.cat(masks)

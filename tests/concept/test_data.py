@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from cdvideo.base.latents import encode_pixels
-from cdvideo.base.loader import Base
+from cdvideo.base.loader import Base, load_base
 from cdvideo.concept.config import DataConfig
 from cdvideo.concept.data import augment, cache_latents, draw_mixed
 from cdvideo.media.images import Picture
+from cdvideo.recipes import SAMPLE_PICTURES
 
 CELL, SIZE = 8, 64
 NAMES = {"phrase": "sks dog", "class_phrase": "dog"}
@@ -109,3 +110,28 @@ def test_a_mixed_batch_holds_every_subject_under_its_own_name(tiny_base: Base, p
             assert (cache.latents_NCHW == latent_CHW).all(dim=(1, 2, 3)).any()
             seen[cache.phrase] += 1
     assert all(80 <= count <= 120 for count in seen.values())  # alike, though one has far more latents
+
+
+def test_the_embedded_base_sees_where_its_subject_stands() -> None:
+    """Before a plain wall the subject is what is not wall."""
+    base = load_base("tiny", device=torch.device("cpu"))
+    image = Image.open(SAMPLE_PICTURES / "3.png").convert("RGB")
+    config = DataConfig(variants=1, focus="subject")
+    cache = cache_latents(base, [Picture(name="3.png", image=image)], config, **NAMES, seed=0, quiet=True)
+    pixels_HWC = np.asarray(image, dtype=np.int32)
+    differs_HW = np.abs(pixels_HWC - pixels_HWC[2, 2]).max(axis=-1) > 60
+    cells_HW = differs_HW.reshape(16, 8, 16, 8).mean(axis=(1, 3)) > 0.3
+    seen_HW = cache.masks_N1HW[0, 0].bool().numpy()
+    overlap = (cells_HW & seen_HW).sum() / (cells_HW | seen_HW).sum()
+    print(f"overlap {overlap:.2f}, subject {cells_HW.mean():.2f} of the picture, seen {seen_HW.mean():.2f}")
+    assert overlap > 0.6 and seen_HW.mean() < 0.6
+
+
+def test_focus_only_takes_away_from_where_the_loss_counts(tiny_base: Base) -> None:
+    pictures = [Picture(name="0.png", image=half_red())]
+    whole, subject = (
+        cache_latents(tiny_base, pictures, DataConfig(variants=4, focus=focus), **NAMES, seed=0, quiet=True).masks_N1HW
+        for focus in ("picture", "subject")
+    )
+    assert set(subject.unique().tolist()) <= {0.0, 1.0}
+    assert (subject <= whole).all() and (subject.sum(dim=(1, 2, 3)) > 0).all()
