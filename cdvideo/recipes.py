@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
-from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
+from cdvideo.concept.config import CONCEPT_FILE, SAMPLE_PICTURES, ConceptConfig
 from cdvideo.config import to_yaml
 from cdvideo.errors import UserError
 from cdvideo.media.images import read_pictures
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from cdvideo.base.loader import Base
     from cdvideo.concept.file import Concept
     from cdvideo.concept.trainer import Sampler
-
-SAMPLE_PICTURES = Path(__file__).parent / "world" / "samples" / "dog"
 
 
 def train_concept_main(argv: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from cdvideo.config import check
 
 CONCEPT_FILE = "concept.safetensors"  # what a run leaves in its folder
+SAMPLE_PICTURES = Path(__file__).parents[1] / "world" / "samples" / "dog"  # what a run without pictures learns from
 TOKEN_FORM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 

@@ -8,10 +8,9 @@ from PIL import Image
 
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base, load_base
-from cdvideo.concept.config import DataConfig
+from cdvideo.concept.config import SAMPLE_PICTURES, DataConfig
 from cdvideo.concept.data import augment, cache_latents, draw_mixed
 from cdvideo.media.images import Picture
-from cdvideo.recipes import SAMPLE_PICTURES
 
 CELL, SIZE = 8, 64
 NAMES = {"phrase": "sks dog", "class_phrase": "dog"}
