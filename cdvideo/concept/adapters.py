@@ -20,13 +20,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from cdvideo.concept.config import AdapterConfig
-from cdvideo.concept.kv import attached, concept_words, kv_projections, zero_deltas
+from cdvideo.concept.kv import attached, kv_projections, zero_deltas
 from cdvideo.concept.lora import layers_in_place, lora_factors, lora_layers, lora_paths, merged_weight
 from cdvideo.concept.losses import anchor_loss
 
 if TYPE_CHECKING:
-    from cdvideo.base.loader import Base
-    from cdvideo.base.text import TokenBatch
     from cdvideo.concept.file import Concept
 
 
@@ -34,59 +32,45 @@ if TYPE_CHECKING:
 class Adapter:
     """An adapter in training: its weights by their names in the concept file, float32, and how they act.
 
-    Gradients reach the weights from what is computed within `attached(words_BL)`; the backward pass belongs within it
-    too. words_BL: the concept's own words in the prompts (`concept_words`), which an adapter may keep to.
+    Gradients reach the weights from what is computed within `attached()`; the backward pass belongs within it too.
     """
 
     weights: dict[str, Tensor]
-    attached: Callable[[Tensor | None], AbstractContextManager[None]]
+    attached: Callable[[], AbstractContextManager[None]]
 
 
 def make_adapter(unet: UNet2DConditionModel, config: AdapterConfig, *, seed: int) -> Adapter:
     """An adapter of the kind that is asked for, which has no effect on the UNet yet."""
     if config.kind == "kv":
         deltas = zero_deltas(unet, keys=config.keys == "tuned")
-        own = config.reach == "concept"
-        return Adapter(deltas, lambda words_BL: attached(unet, deltas, words_BL=words_BL if own else None))
+        return Adapter(deltas, lambda: attached(unet, deltas))
     if config.kind == "unet":
         deltas = {
             delta_name(name): torch.zeros_like(parameter, dtype=torch.float32).requires_grad_()
             for name, parameter in unet.named_parameters()
         }
         changes = {name: deltas[delta_name(name)] for name, _ in unet.named_parameters()}
-        return Adapter(deltas, lambda _: replaced(unet, _sums(unet, changes)))
+        return Adapter(deltas, lambda: replaced(unet, _sums(unet, changes)))
     if config.kind == "lora":
         layers = lora_layers(unet, config, seed=seed)
-        return Adapter(lora_factors(layers), lambda _: layers_in_place(unet, layers))
-    return Adapter({}, lambda _: nullcontext())
+        return Adapter(lora_factors(layers), lambda: layers_in_place(unet, layers))
+    return Adapter({}, nullcontext)
 
 
 @contextmanager
-def tuned(unet: UNet2DConditionModel, concept: Concept | None, *, words_BL: Tensor | None = None) -> Iterator[None]:
+def tuned(unet: UNet2DConditionModel, concept: Concept | None) -> Iterator[None]:
     """Within the block the UNet acts as the concept has tuned it; afterwards it is bit-equal to what it was.
 
     The token's rows are not the UNet's matter: they go to `encode_text`.
-
-    Args:
-        words_BL: The concept's own words in the prompts that the UNet reads (`concept_words`), for adapters that keep
-            to them; not needed where the UNet reads compiled prompts.
     """
     if concept is None or not concept.weights:
         yield
     elif concept.metadata.adapter == "kv":
-        own = concept.metadata.adapter_settings.get("reach") == "concept"
-        with attached(unet, concept.weights, words_BL=words_BL if own else None):
+        with attached(unet, concept.weights):
             yield
     else:
         with replaced(unet, changed_parameters(unet, concept)):
             yield
-
-
-def own_words(base: Base, batch: TokenBatch, concept: Concept | None) -> Tensor | None:
-    """words_BL of a concept in tokenised prompts, on the base's device; None where there is no concept."""
-    if concept is None:
-        return None
-    return concept_words(base.tokenizer, batch, concept.metadata.class_words).to(base.device)
 
 
 def changed_parameters(unet: UNet2DConditionModel, concept: Concept) -> dict[str, Tensor]:

@@ -58,10 +58,6 @@ class AdapterConfig:
     nothing but the rows (Textual Inversion). `unet`: every weight (DreamBooth). `lora`: low-rank changes, with peft."""
     keys: Literal["tuned", "locked"] = "tuned"
     """`locked` keeps K the base's, so that only V learns (after Perfusion). For `kv` alone."""
-    reach: Literal["prompt", "concept"] = "prompt"
-    """kv only: which words are read with the changed K and V. `prompt`: all of them, as in Custom Diffusion. `concept`:
-    the token and its class word behind it alone, so that all other words are read exactly as the base reads them, and
-    prompts without the token give exactly the base's pictures."""
     num_rows: int = 1
     """Rows of text input that the token stands for. More rows hold more of the thing and drift more easily."""
     initialiser: str = ""
@@ -83,7 +79,6 @@ class AdapterConfig:
         check(
             (1 <= self.num_rows <= 8, f"num_rows={self.num_rows}: must be in [1, 8]"),
             (self.keys == "tuned" or self.kind == "kv", f"keys={self.keys}: needs kind=kv, which has keys"),
-            (self.reach == "prompt" or self.kind == "kv", f"reach={self.reach}: needs kind=kv, which reads words"),
             (self.train_rows or self.kind != "token", "train_rows=false: with kind=token nothing else learns"),
             (self.rank >= 1, f"rank={self.rank}: must be at least 1"),
             (self.alpha > 0, f"alpha={self.alpha}: must be above 0"),
@@ -95,7 +90,7 @@ class AdapterConfig:
         """What a concept's file has to tell of its adapter beside its kind."""
         if self.kind == "lora":
             return {"rank": self.rank, "alpha": self.alpha, "dora": self.dora}
-        return {"keys": self.keys, "reach": self.reach} if self.kind == "kv" else {}
+        return {"keys": self.keys} if self.kind == "kv" else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,11 +274,6 @@ class ConceptConfig:
             (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
             (self.seed >= 0, f"seed={self.seed}: must not be negative"),
             (self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: must be at least 1"),
-            (
-                self.adapter.reach == "prompt" or self.preserve.output_weight == self.preserve.prior_weight == 0,
-                "preserve.output_weight, preserve.prior_weight: must be 0 with adapter.reach=concept, which leaves "
-                "prompts of the class alone exactly as they were",
-            ),
             (
                 self.adapter.kind != "token" or self.preserve.output_weight == self.preserve.anchor_weight == 0,
                 "preserve.output_weight, preserve.anchor_weight: must be 0 with adapter.kind=token, which leaves the "

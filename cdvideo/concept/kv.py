@@ -17,8 +17,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cdvideo.base.text import TokenBatch
-
 
 def kv_projections(unet: UNet2DConditionModel) -> dict[str, nn.Linear]:
     """The K and V projections of every cross-attention, by the name of their change: `unet.<path>.attn2.to_k.delta`."""
@@ -45,9 +43,7 @@ def zero_deltas(unet: UNet2DConditionModel, *, keys: bool = True) -> dict[str, T
 
 
 @contextmanager
-def attached(
-    unet: UNet2DConditionModel, deltas: Mapping[str, Tensor], *, words_BL: Tensor | None = None
-) -> Iterator[None]:
+def attached(unet: UNet2DConditionModel, deltas: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, every K or V projection W acts as W + delta. Gradients reach the deltas alone.
 
     The first token is the same in all prompts and draws much of the attention. No gradient passes through it, so that
@@ -56,12 +52,10 @@ def attached(
     Args:
         unet: Its cross-attentions are hooked for the length of the block.
         deltas: Changes by name, as `kv_projections` names them; any device and precision.
-        words_BL: 1 where a prompt's text is read with the change, 0 where it is read as the base does; None is
-            everywhere.
     """
     projections = kv_projections(unet)
     assert deltas.keys() <= projections.keys(), f"no such projections: {deltas.keys() - projections.keys()}"
-    handles = [projections[name].register_forward_hook(_adding(delta, words_BL)) for name, delta in deltas.items()]
+    handles = [projections[name].register_forward_hook(_adding(delta)) for name, delta in deltas.items()]
     try:
         yield
     finally:
@@ -69,31 +63,13 @@ def attached(
             handle.remove()
 
 
-def _adding(delta: Tensor, words_BL: Tensor | None) -> Any:
+def _adding(delta: Tensor) -> Any:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output_BLC: Tensor) -> Tensor:
         (text_BLD,) = inputs
         change_BLC = F.linear(text_BLD, delta.to(text_BLD))
-        if words_BL is not None:
-            change_BLC = change_BLC * words_BL[..., None].to(change_BLC)
         return output_BLC + torch.cat([change_BLC[:, :1].detach(), change_BLC[:, 1:]], dim=1)
 
     return add
-
-
-def concept_words(tokenizer: CLIPTokenizer, batch: TokenBatch, class_words: Mapping[str, str]) -> Tensor:
-    """words_BL: 1 where a concept's token stands, and where its class word does behind it; 0 elsewhere.
-
-    Args:
-        class_words: By token.
-    """
-    words_BL = torch.zeros(batch.ids_BL.shape)
-    class_ids = {token: tokenizer(word, add_special_tokens=False).input_ids for token, word in class_words.items()}
-    for slot in batch.slots:
-        words_BL[slot.prompt, slot.at] = 1
-        behind = slice(slot.at + 1, slot.at + 1 + len(class_ids[slot.token]))
-        if batch.ids_BL[slot.prompt, behind].tolist() == class_ids[slot.token]:
-            words_BL[slot.prompt, behind] = 1
-    return words_BL
 
 
 def initial_rows(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str, num_rows: int) -> Tensor:

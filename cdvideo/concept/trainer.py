@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
-from cdvideo.base.text import TokenBatch, encode_text, tokenize
+from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig, OptimConfig
 from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
@@ -33,7 +33,7 @@ from cdvideo.concept.file import (
     public_base_name,
     save_concept,
 )
-from cdvideo.concept.kv import concept_words, embedding_norm, initial_rows
+from cdvideo.concept.kv import embedding_norm, initial_rows
 from cdvideo.concept.losses import denoising_loss, output_preservation_loss
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
@@ -102,11 +102,9 @@ def train_concept(
     state_file = run.folder / STATE_FILE
     start = _resume(state, drift, run, config.steps) if resume else 0
 
-    def tokens_of(prompts: Sequence[str]) -> TokenBatch:
-        return tokenize(base.tokenizer, prompts, tokens={token: len(r) for token, r in concept.tokens.items()})
-
     def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str]) -> Tensor:
-        text_BLD = encode_text(base.text_encoder, tokens_of(prompts), rows=concept.tokens).hidden_BLD
+        tokens = tokenize(base.tokenizer, prompts, tokens={token: len(r) for token, r in concept.tokens.items()})
+        text_BLD = encode_text(base.text_encoder, tokens, rows=concept.tokens).hidden_BLD
         return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
@@ -133,8 +131,7 @@ def train_concept(
             losses = {}
             if preserve.anchor_weight:  # while the UNet has its own weights
                 losses["anchor"] = squared_change(base.unet, concept)
-            words_BL = concept_words(base.tokenizer, tokens_of(batch.prompts), config.class_words).to(base.device)
-            with adapter.attached(words_BL):
+            with adapter.attached():
                 prediction_BCHW, masks_B1HW = predict(noisy_BCHW, timesteps_B, batch.prompts), batch.masks_B1HW
                 losses["denoise"] = denoising_loss(prediction_BCHW[:size], target_BCHW[:size], masks_B1HW[:size])
                 if config.semantic.weight:

@@ -53,7 +53,7 @@ def learned(base: Base, config: ConceptConfig, name: str) -> tuple[Adapter, Conc
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_new_adapter_has_no_effect(tiny_base: Base, name: str) -> None:
     before = predict(tiny_base)
-    with make_adapter(tiny_base.unet, AdapterConfig(**SETTINGS[name]), seed=0).attached(None):
+    with make_adapter(tiny_base.unet, AdapterConfig(**SETTINGS[name]), seed=0).attached():
         torch.testing.assert_close(predict(tiny_base), before, rtol=1e-5, atol=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_a_learned_concept_acts_as_it_did_while_learning_and_leaves_no_trace(
     before, modules = predict(tiny_base), dict(tiny_base.unet.named_modules())
     parameters = dict(tiny_base.unet.named_parameters())
     adapter, concept = learned(tiny_base, config, name)
-    with adapter.attached(None):
+    with adapter.attached():
         learning = predict(tiny_base)
     assert torch.equal(predict(tiny_base), before)
     with tuned(tiny_base.unet, concept), torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_learned_concept_acts_as_it_did_while_learning_and_leaves_no_trace(
 def test_gradients_reach_every_weight_and_nothing_else(tiny_base: Base, config: ConceptConfig, name: str) -> None:
     adapter, _ = learned(tiny_base, config, name)
     tiny_base.unet.enable_gradient_checkpointing()  # recomputes in the backward pass, with the adapter in place
-    with adapter.attached(None):
+    with adapter.attached():
         predict(tiny_base).square().mean().backward()
     assert all(tensor.grad is not None and tensor.dtype == torch.float32 for tensor in adapter.weights.values())
     assert all(parameter.grad is None for parameter in tiny_base.unet.parameters())

@@ -5,8 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from cdvideo.base.loader import Base
-from cdvideo.base.text import tokenize
-from cdvideo.concept.kv import attached, concept_words, initial_rows, kv_projections, zero_deltas
+from cdvideo.concept.kv import attached, initial_rows, kv_projections, zero_deltas
 
 
 def predict(unet: UNet2DConditionModel, text_BLD: torch.Tensor) -> torch.Tensor:
@@ -104,41 +103,3 @@ def test_rows_start_at_the_mean_of_the_words(tiny_base: Base) -> None:
     assert len(ids) == 2 and rows_KD.shape == (2, 32) and rows_KD.requires_grad and rows_KD.is_leaf
     for row in rows_KD:
         torch.testing.assert_close(row.detach(), table[ids].mean(dim=0))
-
-
-def test_only_the_words_asked_for_are_read_with_the_change(
-    tiny_unet: UNet2DConditionModel, text_BLD: torch.Tensor
-) -> None:
-    name, linear = next(iter(kv_projections(tiny_unet).items()))
-    deltas = {name: torch.randn_like(linear.weight)}
-    words_BL = torch.zeros(2, 6)
-    words_BL[0, 2] = words_BL[0, 3] = 1
-    before_BLC = linear(text_BLD)
-    with attached(tiny_unet, deltas, words_BL=words_BL):
-        after_BLC = linear(text_BLD)
-    assert torch.equal(after_BLC[words_BL == 0], before_BLC[words_BL == 0])
-    expected = before_BLC[0, 2:4] + text_BLD[0, 2:4] @ deltas[name].T
-    torch.testing.assert_close(after_BLC[0, 2:4], expected)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ("a sks dog surfing", ["sks", "sks", "dog"]),
-        ("surfing sks", ["sks", "sks"]),
-        ("a sks surfing dog", ["sks", "sks"]),  # a dog that is not named behind the token is any dog
-        ("a dog", []),
-    ],
-)
-def test_the_words_of_a_concept_are_its_token_and_the_class_word_behind_it(
-    tiny_base: Base, prompt: str, words: list[str]
-) -> None:
-    batch = tokenize(tiny_base.tokenizer, [prompt], tokens={"sks": 2})
-    words_BL = concept_words(tiny_base.tokenizer, batch, {"sks": "dog"})
-    dog = tiny_base.tokenizer("dog", add_special_tokens=False).input_ids
-    expected = words.count("sks") + len(dog) * words.count("dog")
-    assert words_BL.sum() == expected
-    for slot in batch.slots:
-        assert words_BL[slot.prompt, slot.at] == 1
-    if "dog" in words:
-        assert batch.ids_BL[0][words_BL[0] == 1].tolist()[2:] == dog
