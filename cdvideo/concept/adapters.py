@@ -6,6 +6,9 @@
     lora    low-rank changes               LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353
 
 The base is never written: while a concept acts, the UNet holds other tensors in place of its own, and gets them back.
+
+Concepts that were trained here leave the text encoder as it is. LoRA files from elsewhere often change it too: `lora`
+and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.kv import attached, kv_projections, zero_deltas
@@ -73,6 +77,14 @@ def tuned(unet: UNet2DConditionModel, concept: Concept | None) -> Iterator[None]
             yield
 
 
+@contextmanager
+def tuned_text(text_encoder: CLIPTextModel, concept: Concept | None) -> Iterator[None]:
+    """Within the block the text encoder acts as the concept has tuned it; afterwards it is bit-equal to what it was."""
+    changes = {} if concept is None else text_changes(text_encoder, concept)
+    with replaced(text_encoder, _sums(text_encoder, changes)):
+        yield
+
+
 def changed_parameters(unet: UNet2DConditionModel, concept: Concept) -> dict[str, Tensor]:
     """Those of the UNet's parameters that the concept changes, as it has them, by their names in the UNet.
 
@@ -83,15 +95,17 @@ def changed_parameters(unet: UNet2DConditionModel, concept: Concept) -> dict[str
 
 def parameter_changes(unet: UNet2DConditionModel, concept: Concept) -> dict[str, Tensor]:
     """What the concept adds to the UNet's parameters, by their names in the UNet; gradients reach its weights."""
-    if concept.metadata.adapter != "lora":
-        names = _parameter_names(unet)
-        return {names[name]: delta for name, delta in concept.weights.items()}
-    alpha = float(concept.metadata.adapter_settings["alpha"])
-    changes = {}
-    for path in sorted(lora_paths(concept.weights)):
-        weight = unet.get_submodule(path).weight
-        changes[f"{path}.weight"] = merged_weight(weight, concept.weights, path, alpha=alpha) - weight.float()
-    return changes
+    return _changes(unet, concept, "unet.")
+
+
+def text_changes(text_encoder: CLIPTextModel, concept: Concept) -> dict[str, Tensor]:
+    """What the concept adds to the text encoder's parameters, by their names in it; of most concepts nothing."""
+    return _changes(text_encoder, concept, text_prefix(text_encoder))
+
+
+def text_prefix(text_encoder: CLIPTextModel) -> str:
+    """How names of the text encoder's layers begin in a file. transformers 5 took `text_model` out; files keep it."""
+    return "text_encoder." if hasattr(text_encoder, "text_model") else "text_encoder.text_model."
 
 
 def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
@@ -100,26 +114,35 @@ def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
     return anchor_loss([*changes.values()], [parameters[name] for name in changes]) if changes else torch.zeros(())
 
 
-def unfit_weights(unet: UNet2DConditionModel, concept: Concept) -> list[str]:
-    """The names of those of the concept's weights that have no place in this UNet."""
+def unfit_weights(
+    unet: UNet2DConditionModel, concept: Concept, *, text_encoder: CLIPTextModel | None = None
+) -> list[str]:
+    """The names of those of the concept's weights that have no place in this UNet, or in this text encoder."""
+    models: dict[str, nn.Module] = {"unet.": unet}
+    if text_encoder is not None:
+        models[text_prefix(text_encoder)] = text_encoder
     if concept.metadata.adapter == "lora":
-        layers = dict(unet.named_modules())
+        layers = {prefix + path: layer for prefix, model in models.items() for path, layer in model.named_modules()}
         return [name for name, factor in concept.weights.items() if not _fits_layer(layers, name, factor)]
-    places = {delta_name(name): parameter.shape for name, parameter in unet.named_parameters()}
+    places = {
+        delta_name(name, prefix): parameter.shape
+        for prefix, model in models.items()
+        for name, parameter in model.named_parameters()
+    }
     if concept.metadata.adapter == "kv":
         places = {name: places[name] for name in kv_projections(unet)}
     return [name for name, delta in concept.weights.items() if places.get(name) != delta.shape]
 
 
-def delta_name(parameter: str) -> str:
+def delta_name(parameter: str, prefix: str = "unet.") -> str:
     """How the file calls the change of a parameter: `unet.<path>.delta` for a weight, `unet.<path>.bias.delta`."""
-    return f"unet.{parameter.removesuffix('.weight')}.delta"
+    return f"{prefix}{parameter.removesuffix('.weight')}.delta"
 
 
 @contextmanager
-def replaced(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block these tensors stand in place of the UNet's parameters of their names; no value is copied."""
-    homes = [(unet.get_submodule(path)._parameters, leaf, tensor) for path, leaf, tensor in _split(tensors)]
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block these tensors stand in place of the model's parameters of their names; no value is copied."""
+    homes = [(model.get_submodule(path)._parameters, leaf, tensor) for path, leaf, tensor in _split(tensors)]
     former = [home[leaf] for home, leaf, _ in homes]
     try:
         for home, leaf, tensor in homes:
@@ -136,13 +159,23 @@ def _split(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
         yield path, leaf, tensor
 
 
-def _parameter_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    return {delta_name(name): name for name, _ in unet.named_parameters()}
+def _changes(model: nn.Module, concept: Concept, prefix: str) -> dict[str, Tensor]:
+    weights = {name: tensor for name, tensor in concept.weights.items() if name.startswith(prefix)}
+    if concept.metadata.adapter != "lora":
+        names = {delta_name(name, prefix): name for name, _ in model.named_parameters()}
+        return {names[name]: delta for name, delta in weights.items()}
+    alpha = float(concept.metadata.adapter_settings["alpha"])
+    changes = {}
+    for layer in sorted(lora_paths(weights)):
+        path = layer.removeprefix(prefix)
+        weight = model.get_submodule(path).weight
+        changes[f"{path}.weight"] = merged_weight(weight, weights, layer, alpha=alpha) - weight.float()
+    return changes
 
 
-def _sums(unet: UNet2DConditionModel, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters plus their changes, in the parameters' precision."""
-    parameters = dict(unet.named_parameters())
+    parameters = dict(model.named_parameters())
     return {
         name: (parameters[name].float() + change.float()).to(parameters[name].dtype) for name, change in changes.items()
     }
@@ -150,7 +183,7 @@ def _sums(unet: UNet2DConditionModel, changes: Mapping[str, Tensor]) -> dict[str
 
 def _fits_layer(layers: Mapping[str, nn.Module], name: str, factor: Tensor) -> bool:
     """Whether a LoRA factor belongs to a layer of these: A reads what the layer reads, B and m make what it makes."""
-    path, _, part = name.removeprefix("unet.").partition(".lora_")
+    path, _, part = name.partition(".lora_")
     layer = layers.get(path)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return False

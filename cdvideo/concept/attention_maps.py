@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import tuned
+from cdvideo.concept.adapters import tuned, tuned_text
 from cdvideo.concept.file import Concept
 
 START, REST = "<start>", "<rest>"  # beside the words: the first position, and the text's end with the padding
@@ -63,7 +63,9 @@ def attention_maps(
     noisy_BCHW = add_noise(
         scheduler, latents_NCHW.to(base.device).repeat(repeats), noise_NCHW.repeat(repeats), timesteps_B
     )
-    text_1LD = encode_text(base.text_encoder, tokenize(base.tokenizer, [prompt], tokens=counts), rows=rows).hidden_BLD
+    batch = tokenize(base.tokenizer, [prompt], tokens=counts)
+    with tuned_text(base.text_encoder, concept):
+        text_1LD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
     with tuned(base.unet, concept), _recording(base.unet, member_LW) as seen:
         base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_1LD.expand(len(timesteps_B), -1, -1))
 

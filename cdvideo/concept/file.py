@@ -3,7 +3,8 @@
 Tensors: `tokens.<token>` (K, D), float32, and what the adapter learned in the UNet. For `kv` and `unet` that is
 `unet.<path>.delta` (`unet.<path>.bias.delta` for biases), float16: the change to add to the base's weight, and half
 precision of the change is finer than half precision of the changed weight would be. For `lora` it is peft's factors,
-`unet.<path>.lora_A.weight` and so on, float32; `token` has nothing more.
+`unet.<path>.lora_A.weight` and so on, float32; `token` has nothing more. What was converted from elsewhere may have no
+token, and may change the text encoder too, under `text_encoder.text_model.<path>`.
 Metadata: one JSON object under the key `concept` (ConceptMetadata). No file paths, no user names.
 """
 
@@ -221,7 +222,7 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
 def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str], object]) -> None:
     """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
     width = base.text_encoder.config.hidden_size
-    unfit = unfit_weights(base.unet, concept)
+    unfit = unfit_weights(base.unet, concept, text_encoder=base.text_encoder)
     unfit += [token for token, rows_KD in concept.tokens.items() if rows_KD.ndim != 2 or rows_KD.shape[1] != width]
     count = len(concept.weights) + len(concept.tokens)
     if unfit:

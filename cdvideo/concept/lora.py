@@ -73,11 +73,11 @@ def layers_in_place(unet: UNet2DConditionModel, layers: Mapping[str, nn.Module])
 
 
 def lora_paths(factors: Mapping[str, Tensor]) -> set[str]:
-    """The paths, in the UNet, of the layers that these factors change."""
-    return {name.removeprefix("unet.").partition(".lora_")[0] for name in factors}
+    """The layers that these factors change, as the file names them: `unet.<path>`."""
+    return {name.partition(".lora_")[0] for name in factors}
 
 
-def merged_weight(weight: Tensor, factors: Mapping[str, Tensor], path: str, *, alpha: float) -> Tensor:
+def merged_weight(weight: Tensor, factors: Mapping[str, Tensor], layer: str, *, alpha: float) -> Tensor:
     """The weight that acts as the layer with its factors does, in float32.
 
     LoRA, eq. 3: W' = W + alpha / R * B A. DoRA, eq. 5: each output's part of W' is brought to its own magnitude m, so
@@ -86,13 +86,13 @@ def merged_weight(weight: Tensor, factors: Mapping[str, Tensor], path: str, *, a
     Args:
         weight: The layer's own; of a linear layer or a convolution.
         factors: By peft's names, of all layers.
-        path: Of this layer, in the UNet.
+        layer: This one, as the file names it.
         alpha: As it was trained with; the rank R is that of the factors.
     """
-    down, up = factors[f"unet.{path}.lora_A.weight"].float(), factors[f"unet.{path}.lora_B.weight"].float()
+    down, up = factors[f"{layer}.lora_A.weight"].float(), factors[f"{layer}.lora_B.weight"].float()
     change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     merged = weight.float() + alpha / len(down) * change
-    magnitude = factors.get(f"unet.{path}.{_MAGNITUDE}")
+    magnitude = factors.get(f"{layer}.{_MAGNITUDE}")
     if magnitude is None:
         return merged
     norms = merged.flatten(1).norm(dim=1)

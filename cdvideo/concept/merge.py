@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import delta_name, parameter_changes
+from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
 from cdvideo.concept.file import Concept
+from cdvideo.concept.lora import lora_paths
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
 from cdvideo.errors import UserError
 
@@ -24,8 +25,8 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
     """One concept with the tokens of all.
 
     Changes of K and V are merged in closed form (`constrained_merge`), so that each concept's words are read as its own
-    training made them and other words as the base does. Of adapters that tune more of the UNet the changes are summed:
-    no such form is known for what does not read text.
+    training made them and other words as the base does. That needs words: K and V without a token, and adapters that
+    tune more, are summed, since no such form is known for them.
 
     Args:
         base: The base that all were trained on; the concepts' tensors are on its device.
@@ -47,17 +48,41 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
             allowed="concepts of one base",
             do="train them on the same --base",
         )
-    reading = all(concept.metadata.adapter in ("kv", "token") for concept in concepts)
-    weights = _merged_kv(base, concepts) if reading else _summed(base, concepts)
+    kind, weights, settings = _merged_weights(base, concepts)
     metadata = dataclasses.replace(
         concepts[0].metadata,
         class_words={token: word for c in concepts for token, word in c.metadata.class_words.items()},
-        adapter=("kv" if weights else "token") if reading else "unet",
-        adapter_settings={},
+        adapter=kind,
+        adapter_settings=settings,
         sample_prompt="",
         preview="",
     )
     return Concept({token: rows for c in concepts for token, rows in c.tokens.items()}, weights, metadata)
+
+
+@torch.no_grad()
+def weighted(base: Base, concept: Concept, weight: float) -> Concept:
+    """The concept with its change of the model's weights multiplied; rows of tokens stay as they are.
+
+    Raises:
+        UserError: For a concept that is rows of tokens alone.
+    """
+    if weight == 1:
+        return concept
+    metadata = concept.metadata
+    if not concept.weights:
+        raise UserError(
+            f"a weight of {weight:g} for a concept that is a token alone",
+            allowed="weights for what changes the model: LoRA, K and V, whole UNets",
+            do="leave the weight out",
+        )
+    if metadata.adapter_settings.get("dora"):  # not linear in its factors
+        concept = Concept(concept.tokens, _summed(base, [concept]), metadata)
+        metadata = dataclasses.replace(metadata, adapter="unet", adapter_settings={})
+    weights = {
+        name: tensor if name.endswith(".lora_A.weight") else tensor * weight for name, tensor in concept.weights.items()
+    }
+    return Concept(concept.tokens, weights, metadata)
 
 
 def constrained_merge(targets_SD: Tensor, values_SO: Tensor, regular_ND: Tensor) -> Tensor:
@@ -83,9 +108,28 @@ def constrained_merge(targets_SD: Tensor, values_SO: Tensor, regular_ND: Tensor)
     return (values_SO.double().T @ inverse_SS @ directions_SD).float()
 
 
+def _merged_weights(
+    base: Base, concepts: Sequence[Concept]
+) -> tuple[str, dict[str, Tensor], dict[str, str | int | float | bool]]:
+    """The kind of the merged adapter, its weights, its settings."""
+    tuning = [concept for concept in concepts if concept.weights]
+    if all(concept.metadata.adapter == "kv" and concept.tokens for concept in tuning):
+        return ("kv" if tuning else "token"), _merged_kv(base, concepts), {}
+    if len(tuning) == 1:
+        return tuning[0].metadata.adapter, tuning[0].weights, tuning[0].metadata.adapter_settings
+    if all(c.metadata.adapter == "lora" and not c.metadata.adapter_settings["dora"] for c in tuning):
+        weights = _stacked(tuning)
+        rank = max(len(factor) for name, factor in weights.items() if name.endswith("lora_A.weight"))
+        return "lora", weights, {"rank": rank, "alpha": 1.0, "dora": False}
+    return "unet", _summed(base, tuning), {}
+
+
 def _merged_kv(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
     targets = [_concept_features(base, concept) for concept in concepts]
-    words = {*_ORDINARY_WORDS, *(word for concept in concepts for word in concept.metadata.class_words.values())}
+    words = {
+        *_ORDINARY_WORDS,
+        *(word for concept in concepts for word in concept.metadata.class_words.values() if word),
+    }
     regular_ND = _text_features(base, [fill(t, word) for word in sorted(words) for t in SEMANTIC_PHRASES])
     merged = {}
     for name in dict.fromkeys(name for concept in concepts for name in concept.weights):
@@ -102,10 +146,30 @@ def _merged_kv(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
 
 def _summed(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
     summed: dict[str, Tensor] = {}
+    prefix = text_prefix(base.text_encoder)
     for concept in concepts:
-        for name, change in parameter_changes(base.unet, concept).items():
-            summed[delta_name(name)] = summed.get(delta_name(name), 0) + change.float()
+        changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
+        for name, change in text_changes(base.text_encoder, concept).items():
+            changes[delta_name(name, prefix)] = change
+        for name, change in changes.items():
+            summed[name] = summed.get(name, 0) + change.float()
     return {name: change.half() for name, change in summed.items()}
+
+
+def _stacked(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+    """LoRA factors whose product is the sum of all: A upon A, B beside B; for alpha = 1."""
+    stacked: dict[str, Tensor] = {}
+    for layer in sorted({layer for concept in concepts for layer in lora_paths(concept.weights)}):
+        downs, ups = [], []
+        for concept in concepts:
+            if (down := concept.weights.get(f"{layer}.lora_A.weight")) is not None:
+                downs.append(down.float())
+                alpha = float(concept.metadata.adapter_settings["alpha"])
+                ups.append(concept.weights[f"{layer}.lora_B.weight"].float() * (alpha / len(down)))
+        rank = sum(len(down) for down in downs)
+        stacked[f"{layer}.lora_A.weight"] = torch.cat(downs)
+        stacked[f"{layer}.lora_B.weight"] = torch.cat(ups, dim=1) * rank
+    return stacked
 
 
 def _concept_features(base: Base, concept: Concept) -> Tensor:

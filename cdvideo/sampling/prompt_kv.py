@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import tuned
+from cdvideo.concept.adapters import tuned, tuned_text
 from cdvideo.concept.file import Concept
 
 
@@ -43,7 +43,8 @@ def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | No
     """
     rows = {} if concept is None else concept.tokens
     batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
-    text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
+    with tuned_text(base.text_encoder, concept):
+        text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
     with tuned(base.unet, concept):
         return read_text(base.unet, text_BLD)
 

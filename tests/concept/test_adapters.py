@@ -103,7 +103,7 @@ def test_the_merged_weight_is_what_peft_merges(tiny_base: Base, config: ConceptC
             if dora:
                 layer.lora_magnitude_vector["default"].weight *= 1.3
                 adapter.weights[f"unet.{path}.lora_magnitude_vector"] *= 1.3
-            merged = merged_weight(own[path], adapter.weights, path, alpha=5.0)
+            merged = merged_weight(own[path], adapter.weights, f"unet.{path}", alpha=5.0)
             layer.merge()
             torch.testing.assert_close(merged, layer.get_base_layer().weight, rtol=1e-5, atol=1e-6)
             assert (merged - own[path]).abs().max() > 1e-2

@@ -9,10 +9,10 @@ import torch
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, unfit_weights
+from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, text_changes, unfit_weights
 from cdvideo.concept.config import AdapterConfig, ConceptConfig
 from cdvideo.concept.file import Concept, frozen_copy
-from cdvideo.concept.merge import constrained_merge, merge_concepts
+from cdvideo.concept.merge import constrained_merge, merge_concepts, weighted
 from cdvideo.concept.trainer import new_concept
 from cdvideo.errors import UserError
 
@@ -84,3 +84,51 @@ def test_what_does_not_go_together_is_told(tiny_base: Base, config: ConceptConfi
     foreign = dataclasses.replace(other, metadata=dataclasses.replace(other.metadata, base_hash="0" * 16))
     with pytest.raises(UserError, match="different weights"):
         merge_concepts(tiny_base, [one, foreign])
+
+
+def with_text(base: Base, concept: Concept) -> Concept:
+    """A LoRA that changes a layer of the text encoder too."""
+    layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    factors = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(64, 2)}
+    return dataclasses.replace(concept, weights={**concept.weights, **factors})
+
+
+def test_low_rank_changes_stay_low_rank(tiny_base: Base, config: ConceptConfig) -> None:
+    """Of several ranks and alphas, with different layers, one of them in the text encoder."""
+    one = with_text(
+        tiny_base, learned(tiny_base, config, "sks", kind="lora", rank=3, alpha=5.0, targets=("to_k", "conv1"))
+    )
+    other = with_text(tiny_base, learned(tiny_base, config, "rex", kind="lora", rank=2, targets=("to_k", "to_q")))
+    merged = merge_concepts(tiny_base, [one, other])
+    assert merged.metadata.adapter == "lora" and merged.tokens.keys() == {"sks", "rex"}
+    assert unfit_weights(tiny_base.unet, merged, text_encoder=tiny_base.text_encoder) == []
+    for changes_of, model in ((parameter_changes, tiny_base.unet), (text_changes, tiny_base.text_encoder)):
+        changes = [changes_of(model, concept) for concept in (one, other)]  # type: ignore[operator]
+        summed = changes_of(model, merged)  # type: ignore[operator]
+        assert summed.keys() == changes[0].keys() | changes[1].keys() and summed
+        for name, change in summed.items():
+            expected = sum(part[name] for part in changes if name in part)
+            torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_only_one_changes_stays_as_it_is(tiny_base: Base, config: ConceptConfig) -> None:
+    tuned, token = learned(tiny_base, config, "sks", kind="lora"), learned(tiny_base, config, "rex", kind="token")
+    merged = merge_concepts(tiny_base, [token, tuned])
+    assert merged.weights is tuned.weights and merged.metadata.adapter_settings == tuned.metadata.adapter_settings
+    kv = learned(tiny_base, config, "sks", kind="kv")
+    nameless = dataclasses.replace(kv, tokens={}, metadata=dataclasses.replace(kv.metadata, class_words={}))
+    merged = merge_concepts(tiny_base, [token, nameless])
+    assert merged.weights is kv.weights and merged.metadata.adapter == "kv" and merged.tokens.keys() == {"rex"}
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "kv"}, {"kind": "lora"}, {"kind": "lora", "dora": True}])
+def test_a_weight_multiplies_the_change(tiny_base: Base, config: ConceptConfig, adapter: dict[str, object]) -> None:
+    concept = learned(tiny_base, config, "sks", **adapter)
+    weaker = weighted(tiny_base, concept, -0.4)
+    whole, part = (parameter_changes(tiny_base.unet, each) for each in (concept, weaker))
+    assert whole.keys() == part.keys() and weaker.tokens is concept.tokens
+    for name, change in whole.items():
+        torch.testing.assert_close(part[name].float(), -0.4 * change.float(), rtol=2e-3, atol=1e-5)
+    assert weighted(tiny_base, concept, 1.0) is concept
+    with pytest.raises(UserError, match="token alone"):
+        weighted(tiny_base, learned(tiny_base, config, "sks", kind="token"), 0.5)
