@@ -1,21 +1,23 @@
-"""Motion modules on disk: folders that diffusers' MotionAdapter also reads and writes."""
+"""Motion modules on disk: folders as diffusers' MotionAdapter has them, both ways, and AnimateDiff's single files."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdvideo.errors import UserError
+from cdvideo.motion.checkpoints import as_trained, read_motion_file
 from cdvideo.motion.config import MotionConfig, NormMode
 from cdvideo.motion.modules import MotionModules
 
@@ -25,7 +27,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Ours alone. diffusers passes over config keys that start with an underscore, in silence.
-_OWN_FIELDS = ("norm_mode", "trained_for")
+_OWN_FIELDS = ("norm_mode", "beta_schedule", "timestep_spacing", "joint_image_norms", "trained_for")
 
 
 def save_motion(motion: MotionModules, folder: Path) -> None:
@@ -41,39 +43,62 @@ def save_motion(motion: MotionModules, folder: Path) -> None:
 
 
 def load_motion(
-    folder: Path,
+    path: Path,
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     norm_mode: NormMode | None = None,
     report: Callable[[str], object] = logger.info,
 ) -> MotionModules:
-    """Reads a MotionAdapter folder, ours or diffusers'; every key of the file must find its place and none may be left.
+    """Reads motion modules; every key of the file must find its place and none may be left.
 
     Args:
-        norm_mode: overrides what the folder says; a folder that says nothing holds an AnimateDiff checkpoint, and gets
-            "original".
-        report: is told in a line how many tensors of the file found their place.
+        path: a MotionAdapter folder, ours or diffusers', or a file of AnimateDiff's (.ckpt, .safetensors).
+        norm_mode: overrides what the folder or the file's version says.
+        report: is told in a line what was found, how many tensors found their place, and what follows from the version.
 
     Returns:
         Motion modules in eval mode that ask for no gradient.
 
     Raises:
-        UserError: no such folder, a config or a weight file that does not belong to motion modules.
+        UserError: no such path, something other than motion modules, a config or weights that do not belong together.
     """
-    config = _read_config(folder)
+    # Weights that lie beside their config are read with it.
+    if path.is_file() and not (
+        path.name.startswith("diffusion_pytorch_model") and (path.parent / CONFIG_FILE).is_file()
+    ):
+        found = read_motion_file(path)
+        kind, config, weights, left_out = found.version, found.config, found.weights, found.left_out
+    else:
+        kind, config = _read_config(path.parent if path.is_file() else path)
+        weights, left_out = _read_weights(path), 0
     if norm_mode is not None:
         config = replace(config, norm_mode=norm_mode)
-    weights = _read_weights(folder)
-    motion = MotionModules(config)
-    matched = _check_weights(weights, motion, folder)
-    report(f"motion {folder}: matched {matched}/{len(weights)}")
+    with init_empty_weights():
+        motion = MotionModules(config)
+    matched = _check_weights(weights, motion, path)
     # The position tables are constants: where a file does not store them, the computed ones stay.
-    motion.load_state_dict({**motion.state_dict(), **weights})
+    motion.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=False, assign=True)
+    report(
+        f"motion {path}: {kind}, matched {matched}/{len(weights)}, {_settings(config)}"
+        + (f"; {left_out} tensors of an image model in the file are not used" if left_out else "")
+    )
     return motion.to(device, dtype).eval().requires_grad_(False)
 
 
-def _read_config(folder: Path) -> MotionConfig:
+def _settings(config: MotionConfig) -> str:
+    """What the version asks of the sampler, in words."""
+    parts = [f"up to {config.motion_max_seq_length} frames", f"betas {config.beta_schedule or 'as the base has them'}"]
+    if config.timestep_spacing:
+        parts.append(f"{config.timestep_spacing} steps")
+    parts.append(f"GroupNorm {'over each frame' if config.norm_mode == 'original' else 'over all frames'}")
+    if config.joint_image_norms:
+        parts.append("the image model's over all frames")
+    return ", ".join(parts)
+
+
+def _read_config(folder: Path) -> tuple[str, MotionConfig]:
+    """What kind of motion modules the folder has, and their config; without fields of ours they are AnimateDiff's."""
     path = folder / CONFIG_FILE
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
@@ -94,12 +119,20 @@ def _read_config(folder: Path) -> MotionConfig:
     }
     given: dict[str, Any] = {names[key]: value for key, value in raw.items() if key in names}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return MotionConfig(**given)
+    config = MotionConfig(**given)
+    if any(f"_{name}" in raw for name in _OWN_FIELDS):
+        return "motion modules", config
+    return as_trained(config)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The safetensors file, whatever variant (fp16, ...) its name says."""
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"), key=lambda path: (len(path.name), path.name))
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The safetensors file, or the folder's one, whatever variant (fp16, ...) its name says."""
+    folder = path.parent if path.is_file() else path
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(folder.glob("diffusion_pytorch_model*.safetensors"), key=lambda path: (len(path.name), path.name))
+    )
     if not files:
         raise UserError(
             f"motion folder {folder} without weights",
@@ -116,7 +149,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_weights(weights: dict[str, Tensor], motion: MotionModules, folder: Path) -> int:
+def _check_weights(weights: Mapping[str, Tensor], motion: MotionModules, path: Path) -> int:
     """How many tensors have their place; all of the file's, or it raises UserError."""
     wanted = {name: tensor.shape for name, tensor in motion.state_dict().items()}
     matched = {name for name, tensor in weights.items() if wanted.get(name) == tensor.shape}
@@ -125,9 +158,9 @@ def _check_weights(weights: dict[str, Tensor], motion: MotionModules, folder: Pa
     if missing or unknown:
         example = (unknown + missing)[0]
         raise UserError(
-            f"motion weights in {folder}: matched {len(matched)}/{len(wanted)}, "
+            f"motion weights in {path}: matched {len(matched)}/{len(wanted)}, "
             f"{len(missing)} missing, {len(unknown)} unknown or of another shape (such as {example})",
-            allowed="weights that fit the folder's config.json key by key",
-            do="check that config.json and the weights belong together",
+            allowed="weights that fit AnimateDiff's keys, or the folder's config.json, key by key",
+            do="check that the file is whole, and that a config.json beside it belongs to it",
         )
     return len(matched)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from cdvideo.errors import UserError
@@ -46,6 +48,13 @@ class VideoUNet:
         """
         num_frames = latents_BFCHW.shape[1]
         self._check_frames(num_frames)
+        if self.motion.config.joint_image_norms:
+            with joint_norms(self.unet, num_frames):
+                return self._walk(latents_BFCHW, timestep, text_BLD)
+        return self._walk(latents_BFCHW, timestep, text_BLD)
+
+    def _walk(self, latents_BFCHW: Tensor, timestep: Tensor | int, text_BLD: Tensor | None) -> Tensor:
+        num_frames = latents_BFCHW.shape[1]
         unet, motion = self.unet, self.motion
 
         time_BD = unet.time_embedding(unet.get_time_embed(sample=latents_BFCHW, timestep=timestep))
@@ -89,8 +98,33 @@ class VideoUNet:
             raise UserError(
                 f"a film of {num_frames} frames",
                 allowed=f"1 to {self.motion.max_frames} frames: the length of the motion modules' position table",
-                do="ask for fewer frames",
+                do=f"ask for --frames {self.motion.max_frames} or fewer",
             )
+
+
+@contextmanager
+def joint_norms(unet: UNet2DConditionModel, num_frames: int) -> Iterator[None]:
+    """Within the block, the GroupNorms of the UNet's resnets and output take their statistics over whole films.
+
+    So AnimateDiff v1 was trained: its 5-dimensional tensors went through torch's GroupNorm as they were.
+    """
+
+    def apart(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0].unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+    def together(_norm: nn.Module, _inputs: object, normed_BCFHW: Tensor) -> Tensor:
+        return normed_BCFHW.transpose(1, 2).flatten(0, 1)
+
+    resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    norms = [norm for resnet in resnets for norm in (resnet.norm1, resnet.norm2)] + [unet.conv_norm_out]
+    hooks = [
+        hook for norm in norms for hook in (norm.register_forward_pre_hook(apart), norm.register_forward_hook(together))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _layers(resnets: Sequence[nn.Module], block: Any, motion_block: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -85,7 +85,10 @@ def _parser() -> ArgumentParser:
         help="a concept file, several of them, or none (the newest one that fits the prompt)",
     )
     parser.add_argument("--base", metavar="NAME", help="tiny, a folder in diffusers' layout, or a hub id (tiny)")
-    parser.add_argument("--motion", metavar="FOLDER", help="motion modules (those of the base)")
+    parser.add_argument(
+        "--motion", metavar="PATH", help="motion modules: a folder, or AnimateDiff's .ckpt or .safetensors (the base's)"
+    )
+    parser.add_argument("--motion-lora", metavar="FILE[:X][,...]", help="motion LoRAs, each with its strength (none)")
     add_common_flags(parser, resume=False)
     return parser
 
@@ -121,19 +124,33 @@ def _report(config: AnimateConfig) -> Callable[[str], object]:
 
 def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
     from cdvideo.motion.files import load_motion
+    from cdvideo.motion.lora import fold_motion_lora
 
-    folder = base.path / "motion" if config.motion == "auto" else Path(config.motion).expanduser()
-    if config.motion == "auto" and not folder.is_dir():
+    path = base.path / "motion" if config.motion == "auto" else Path(config.motion).expanduser()
+    if config.motion == "auto" and not path.is_dir():
         raise UserError(
             f"base {config.base!r} has no motion modules of its own",
-            allowed="a base with a folder `motion`, or a folder of motion modules",
+            allowed="a base with a folder `motion`, or motion modules in a folder or file of their own",
             do="name motion modules that fit this base with --motion, or ask for a picture with --still",
         )
-    motion = load_motion(folder, device=base.device, dtype=base.dtype, report=_report(config))
+    motion = load_motion(path, device=base.device, dtype=base.dtype, report=_report(config))
     trained_for = motion.config.trained_for
     if trained_for is not None and trained_for != base.hash:
-        logger.warning("the motion modules in %s were trained for a base with other weights", folder.name)
+        logger.warning("the motion modules in %s were trained for a base with other weights", path.name)
+    for file, strength in motion_loras(config.motion_lora):
+        fold_motion_lora(motion, file, strength=strength, report=_report(config))
     return motion
+
+
+def motion_loras(text: str) -> list[tuple[Path, float]]:
+    """Files and strengths from "zoom.ckpt,pan.safetensors:0.7"."""
+    loras = []
+    for item in text.split(",") if text != "none" else []:
+        file, _, strength = item.strip().rpartition(":")
+        if not file or not re.fullmatch(r"-?\d*\.?\d+", strength):
+            file, strength = item.strip(), "1"
+        loras.append((Path(file).expanduser(), float(strength)))
+    return loras
 
 
 def _sample(
@@ -178,7 +195,8 @@ def _settings(
     config: AnimateConfig, base: Base, concept_name: str | None
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
-    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "concept")
+    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "motion_lora", "concept")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
-    return {**settings, **names, "motion": Path(config.motion).name}
+    loras = ", ".join(f"{path.name}:{strength:g}" for path, strength in motion_loras(config.motion_lora))
+    return {**settings, **names, "motion": Path(config.motion).name, "motion_lora": loras or None}

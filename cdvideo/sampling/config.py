@@ -46,7 +46,9 @@ class AnimateConfig:
     base: str = "tiny"
     """The image model: "tiny" is the embedded one; or a folder in diffusers' layout, or a hub id."""
     motion: str = "auto"
-    """A folder of motion modules; "auto" is the folder `motion` of the base."""
+    """Motion modules: a MotionAdapter folder, or a file of AnimateDiff's; "auto" is the folder `motion` of the base."""
+    motion_lora: str = "none"
+    """Motion LoRAs to add to the motion modules, separated by commas, each a file or file:strength; "none" is none."""
     concept: str = "auto"
     """A concept file, or several, separated by commas, which are merged; "auto" is the newest one whose token stands in
     the prompt, "none" is none."""

@@ -58,7 +58,10 @@ def test_loading_reports_the_match(tmp_path: Path) -> None:
     said: list[str] = []
     load_motion(tmp_path, device=CPU, report=said.append)
     count = len(load_file(tmp_path / WEIGHTS))
-    assert said == [f"motion {tmp_path}: matched {count}/{count}"]
+    assert said == [
+        f"motion {tmp_path}: motion modules, matched {count}/{count}, up to 32 frames, betas as the base has them, "
+        "GroupNorm over each frame"
+    ]
 
 
 def test_embedded_motion_modules_name_the_embedded_base() -> None:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
-from cdvideo.motion.video_unet import VideoUNet
+from cdvideo.motion.video_unet import VideoUNet, joint_norms
 
 
 def make_unet(**options: Any) -> UNet2DConditionModel:
@@ -89,8 +89,8 @@ def test_fresh_motion_can_leave_zero() -> None:
 @torch.no_grad()
 def test_films_in_a_batch_do_not_see_each_other() -> None:
     unet = make_unet()
-    for norm_mode in ("original", "diffusers"):
-        video_unet = VideoUNet(unet, make_motion(unet, norm_mode=norm_mode))
+    for options in ({"norm_mode": "original"}, {"norm_mode": "diffusers"}, {"joint_image_norms": True}):
+        video_unet = VideoUNet(unet, make_motion(unet, **options))
         latents_BFCHW, text_BLD = make_inputs(frames=4, films=3)
         together = video_unet(latents_BFCHW, 10, text_BLD)
         alone = torch.cat([video_unet(latents_BFCHW[b : b + 1], 10, text_BLD[b : b + 1]) for b in range(3)])
@@ -128,3 +128,35 @@ def test_refuses_unets_of_another_family() -> None:
     unet = make_unet(num_class_embeds=3)
     with pytest.raises(UserError, match="num_class_embeds"):
         VideoUNet(unet, make_motion(unet))
+
+
+@torch.no_grad()
+def test_joint_norms_are_groupnorm_over_whole_films() -> None:
+    """AnimateDiff v1: a resnet's norms see (B, C, F, H, W) tensors, and so does the norm at the output."""
+    unet = make_unet()
+    resnet = unet.down_blocks[0].resnets[0]
+    hidden_NCHW, time_ND = torch.randn(6, 16, 8, 8), torch.randn(6, 64)
+
+    def over_films(norm: torch.nn.GroupNorm, tensor_NCHW: torch.Tensor) -> torch.Tensor:
+        tensor_BCFHW = tensor_NCHW.reshape(2, 3, *tensor_NCHW.shape[1:]).transpose(1, 2)
+        normed = torch.nn.functional.group_norm(tensor_BCFHW, 8, norm.weight, norm.bias, norm.eps)
+        return normed.transpose(1, 2).reshape(tensor_NCHW.shape)
+
+    silu = torch.nn.functional.silu
+    inner = resnet.conv1(silu(over_films(resnet.norm1, hidden_NCHW)))
+    inner = inner + resnet.time_emb_proj(silu(time_ND))[:, :, None, None]
+    expected = hidden_NCHW + resnet.conv2(silu(over_films(resnet.norm2, inner)))
+    with joint_norms(unet, num_frames=3):
+        joint = resnet(hidden_NCHW, time_ND)
+    assert (joint - expected).abs().max() <= 1e-5
+    assert (joint - resnet(hidden_NCHW, time_ND)).abs().max() > 1e-3, "the norms are as before afterwards"
+
+
+@torch.no_grad()
+def test_a_film_of_one_frame_has_the_same_norms_either_way() -> None:
+    unet = make_unet()
+    latents_BFCHW, text_BLD = make_inputs(frames=4)
+    apart, joint = (VideoUNet(unet, make_motion(unet, joint_image_norms=joint)) for joint in (False, True))
+    one_frame = latents_BFCHW[:, :1]
+    assert (apart(one_frame, 10, text_BLD) - joint(one_frame, 10, text_BLD)).abs().max() <= 1e-5
+    assert (apart(latents_BFCHW, 10, text_BLD) - joint(latents_BFCHW, 10, text_BLD)).abs().max() > 1e-3

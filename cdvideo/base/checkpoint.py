@@ -1,0 +1,99 @@
+"""Files of tensors that others have made: mapped from the disk, not copied, and read without running any code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cdvideo.errors import UserError
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PICKLED)
+
+
+class _Inert:
+    """Stands in for what trainers pickle beside the weights: takes everything, does nothing."""
+
+    def __init__(self, *_args: object) -> None: ...
+
+
+# Stable Diffusion's own .ckpt files carry the state of this callback.
+_STAND_INS: list[Any] = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name.
+
+    What trainers wrap around them goes: an outer `state_dict`, and `module.` before each name. Entries that are no
+    tensors (step counts, configs) are left out. Pickled files are read with `weights_only=True`, so nothing in them is
+    executed. The tensors lie in the file itself, mapped into memory: they take room only as they are read.
+
+    Raises:
+        UserError: no such file, another kind of file, a damaged one, or a pickle of more than tensors.
+    """
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{path} is {'a file of another kind' if path.is_file() else 'no file'}",
+            allowed=f"a file that ends in {', '.join(SUFFIXES)}",
+            do="check the path",
+        )
+    content: Any = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors", allowed="a file of named weights", do="choose another file")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's texts of a safetensors file; other files have none."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            # Files from before torch 1.6 are no zip archives, and can not be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise _damaged(path, error) from error
+        raise UserError(
+            f"{path} pickles more than tensors: {found[1]}",
+            allowed="pickles of tensors and plain values, which can be read without running code",
+            do="get the same weights as .safetensors",
+        ) from error
+    except Exception as error:  # damaged bytes, read as pickled instructions, raise whatever the broken one raises
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+    return UserError(
+        f"{path} can not be read ({reason})",
+        allowed=f"a whole {path.suffix} file",
+        do="fetch it again",
+    )

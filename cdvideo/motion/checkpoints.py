@@ -1,0 +1,162 @@
+"""AnimateDiff's motion modules in one file: told by their keys, renamed to those of diffusers' MotionAdapter.
+
+The published versions differ in little, and ask for different settings (guoyww/AnimateDiff, configs/inference):
+
+    version     position table   middle block   file names
+    v1          24 rows          no             mm_sd_v14, mm_sd_v15
+    v2          32 rows          yes            mm_sd_v15_v2; AnimateDiff-Lightning is distilled from it
+    v3          32 rows          no             v3_sd15_mm
+    AnimateLCM  none             yes            sd15_t2v_beta
+
+All of them were trained with linear betas, whatever the image model has, and with GroupNorm over each frame.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cdvideo.base.checkpoint import read_tensors
+from cdvideo.errors import UserError
+from cdvideo.motion.config import MotionConfig
+
+LCM_MAX_FRAMES = 64  # its table is computed, so any length has one; ComfyUI-AnimateDiff-Evolved stops here
+
+_RENAMES = (
+    (".temporal_transformer.", "."),
+    (".attention_blocks.0.pos_encoder.", ".pos_embed."),
+    (".attention_blocks.1.pos_encoder.", ".pos_embed."),
+    (".attention_blocks.0.", ".attn1."),
+    (".attention_blocks.1.", ".attn2."),
+    (".norms.0.", ".norm1."),
+    (".norms.1.", ".norm2."),
+    (".ff_norm.", ".norm3."),
+)
+
+# What a training of AnimateDiff's own script saves beside the motion modules.
+_IMAGE_UNET = re.compile(
+    r"conv_(in|out|norm_out)\.|time_embedding\.|((down|up)_blocks\.\d+|mid_block)\.(resnets|attentions|(down|up)samplers)\."
+)
+
+
+@dataclass(frozen=True)
+class MotionFile:
+    """Motion modules of a file, under MotionAdapter's names. `left_out`: tensors of an image UNet beside them."""
+
+    version: str
+    config: MotionConfig
+    weights: Mapping[str, Tensor]
+    left_out: int
+
+
+def read_motion_file(path: Path) -> MotionFile:
+    """Reads motion modules for Stable Diffusion 1.x from one file, in AnimateDiff's or diffusers' keys.
+
+    Raises:
+        UserError: what is in the file is something else, and what; or it holds unknown keys.
+    """
+    tensors = read_tensors(path)
+    _refuse_other_kinds(tensors, path)
+    left_out = [name for name in tensors if _IMAGE_UNET.match(name)]
+    weights: dict[str, Tensor] = {}
+    for name in tensors.keys() - set(left_out):
+        renamed = rename(name)
+        if renamed in weights and not torch.equal(weights[renamed], tensors[name]):
+            raise _not_motion(path, f"two different position tables for {renamed}")
+        weights[renamed] = tensors[name]
+    strangers = sorted(name for name in weights if ".motion_modules." not in name)
+    if strangers:
+        raise _not_motion(path, f"{len(strangers)} unknown keys, such as {strangers[0]}")
+    has_table = any(name.endswith(".pos_embed.pe") for name in weights)
+    version, config = as_trained(_config_from(weights, path), has_table=has_table, file_name=path.name)
+    return MotionFile(version, config, weights, len(left_out))
+
+
+def rename(name: str) -> str:
+    """A key of AnimateDiff as MotionAdapter has it; MotionAdapter's own keys stay."""
+    for old, new in _RENAMES:
+        name = name.replace(old, new)
+    return name
+
+
+def as_trained(config: MotionConfig, *, has_table: bool = True, file_name: str = "") -> tuple[str, MotionConfig]:
+    """The version of AnimateDiff that has these keys, and the config with what that version was trained with.
+
+    Lightning has the keys of v2, so it is known by its file's name alone; its steps are counted back from the last one
+    (arXiv 2403.12706). In v1 the image model's own GroupNorms took their statistics over all frames
+    (`use_inflated_groupnorm` came with v2).
+    """
+    config = replace(config, norm_mode="original", beta_schedule="linear")
+    if not has_table:
+        return "AnimateLCM", replace(config, motion_max_seq_length=LCM_MAX_FRAMES)
+    if "lightning" in file_name.lower():
+        return "AnimateDiff-Lightning", replace(config, timestep_spacing="trailing")
+    if config.use_motion_mid_block:
+        return "AnimateDiff v2", config
+    if config.motion_max_seq_length <= 24:
+        return "AnimateDiff v1", replace(config, joint_image_norms=True)
+    return "AnimateDiff v3", config
+
+
+def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
+    """The shape of motion modules, read from their keys. Heads and groups leave no trace: AnimateDiff has 8 and 32."""
+    layers = _layers_per_block(weights)
+    tables = {tensor.shape[1] for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
+    depths = {_count(weights, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.") for place in _modules(weights)}
+    if len(layers) == 3:
+        raise _not_motion(path, "AnimateDiff's motion modules for SDXL (mm_sdxl_v10_beta)")
+    if len(layers) != 4 or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:
+        raise _not_motion(path, f"motion modules in {len(layers)} blocks of {layers} layers, tables of {tables} rows")
+    return MotionConfig(
+        block_out_channels=tuple(len(weights[f"down_blocks.{b}.motion_modules.0.norm.weight"]) for b in range(4)),
+        motion_layers_per_block=layers[0],
+        motion_transformer_layers_per_block=depths.pop(),
+        motion_max_seq_length=tables.pop() if tables else LCM_MAX_FRAMES,
+        use_motion_mid_block=any(name.startswith("mid_block.") for name in weights),
+    )
+
+
+def _modules(weights: Iterable[str]) -> set[str]:
+    return {found[0] for name in weights if (found := re.match(r".+\.motion_modules\.\d+", name))}
+
+
+def _layers_per_block(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    blocks = _count(weights, r"down_blocks\.(\d+)\.")
+    return tuple(_count(weights, rf"down_blocks\.{b}\.motion_modules\.(\d+)\.") for b in range(blocks))
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the highest number that the pattern finds."""
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
+
+
+def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Files that lie beside motion modules and are taken for them."""
+    names = "\n".join(tensors)
+    first = tensors.get("conv_in.weight")
+    kinds = {
+        "a motion LoRA, which changes motion modules and is none": "motion_modules." in names and "lora" in names,
+        "a LoRA for the image model, as the domain adapter of AnimateDiff v3 is (v3_sd15_adapter)": "lora" in names,
+        "HotshotXL's motion modules, for SDXL": "pos_encoder.positional_encoding" in names
+        or ".temporal_attentions." in names,
+        "a SparseCtrl encoder": "controlnet_cond_embedding." in names,
+        "PIA, whose image model reads 9 channels": first is not None and first.shape[1] == 9,
+        "an image model in Stable Diffusion's keys": "model.diffusion_model." in names,
+        "no motion modules": ".motion_modules." not in names,
+    }
+    for kind, is_it in kinds.items():
+        if is_it:
+            raise _not_motion(path, kind)
+
+
+def _not_motion(path: Path, found: str) -> UserError:
+    return UserError(
+        f"{path.name} holds {found}",
+        allowed="motion modules for Stable Diffusion 1.x: AnimateDiff v1, v2, v3, Lightning, or AnimateLCM",
+        do="choose another file with --motion; a motion LoRA is given with --motion-lora",
+    )

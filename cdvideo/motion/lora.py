@@ -1,0 +1,89 @@
+"""Motion LoRAs (arXiv 2307.04725, section 4.3): small changes of motion modules, for movements of the camera."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cdvideo.base.checkpoint import read_tensors
+from cdvideo.errors import UserError
+from cdvideo.motion.checkpoints import rename
+from cdvideo.motion.modules import MotionModules
+
+logger = logging.getLogger(__name__)
+
+# As AnimateDiff has it (attn1.processor.to_q_lora.down), as diffusers had it (attn1.to_q.lora.down), as PEFT has it.
+_FORMS = (
+    re.compile(r"(?P<attention>.+)\.processor\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora_(?P<side>A|B)(\.\w+)?\.weight"),
+)
+_DOWN = ("down", "A")
+
+
+@torch.no_grad()
+def fold_motion_lora(
+    motion: MotionModules, path: Path, *, strength: float = 1.0, report: Callable[[str], object] = logger.info
+) -> None:
+    """Adds a motion LoRA to the weights of motion modules, in place: W + strength * up @ down.
+
+    Args:
+        path: a .ckpt or .safetensors file, as released for AnimateDiff v2 or converted for diffusers.
+        report: is told in a line how many tensors found their place.
+
+    Raises:
+        UserError: another kind of file, a key without a place in these motion modules, or a LoRA without effect.
+    """
+    tensors = read_tensors(path)
+    if not any("motion_modules." in name and "lora" in name for name in tensors):
+        raise UserError(
+            f"{path.name} holds {'a LoRA for the image model' if 'lora' in ' '.join(tensors) else 'no motion LoRA'}",
+            allowed="a motion LoRA for AnimateDiff, such as v2_lora_ZoomIn.ckpt",
+            do="choose another file with --motion-lora",
+        )
+    linears = {name: module for name, module in motion.named_modules() if isinstance(module, nn.Linear)}
+    pairs = _pairs(tensors, linears, path)
+    if not any(up_CR.any() and down_RC.any() for up_CR, down_RC in pairs.values()):
+        raise UserError(f"{path.name} changes nothing", allowed="a trained motion LoRA", do="choose another file")
+    for name, (up_CR, down_RC) in pairs.items():
+        weight = linears[name].weight
+        weight += (strength * up_CR.float() @ down_RC.float()).to(weight.device, weight.dtype)
+    report(f"motion LoRA {path}: matched {len(tensors)}/{len(tensors)}, strength {strength:g}")
+
+
+def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """(up_CR, down_RC) for each linear layer that the file changes; every tensor of the file is in one."""
+    ups: dict[str, Tensor] = {}
+    downs: dict[str, Tensor] = {}
+    strangers = []
+    for key, tensor in tensors.items():
+        name, is_down = _place(key)
+        if name not in linears or tensor.shape[int(is_down)] != linears[name].weight.shape[int(is_down)]:
+            strangers.append(key)
+        else:
+            (downs if is_down else ups)[name] = tensor
+    strangers += [f"half a pair at {name}" for name in downs.keys() ^ ups.keys()]
+    if strangers:
+        hint = " (it was made for AnimateDiff v2, which has a middle block)" if "mid_block" in strangers[0] else ""
+        raise UserError(
+            f"{path.name}: {len(strangers)} of {len(tensors)} keys have no place in these motion modules, "
+            f"such as {strangers[0]}{hint}",
+            allowed="a motion LoRA made for the motion modules that are given with --motion",
+            do="choose motion modules and a motion LoRA of the same version",
+        )
+    return {name: (ups[name], downs[name]) for name in ups}
+
+
+def _place(key: str) -> tuple[str, bool]:
+    """The linear layer that a key of a LoRA changes, and whether it is the half that narrows; "" for other keys."""
+    name = rename(key.removeprefix("unet."))
+    for form in _FORMS:
+        if found := form.fullmatch(name):
+            projection = "to_out.0" if found["projection"] == "to_out" else found["projection"]
+            return f"{found['attention']}.{projection}", found["side"] in _DOWN
+    return "", False
