@@ -18,7 +18,7 @@ PACKAGE = ROOT / "cdvideo"
 # Each part, and the parts it may import besides itself, lowest first. Scripts and tests may import all.
 GROUND = {"errors", "config"}
 TOOLS = GROUND | {"cli", "runs", "device", "media"}
-SAMPLING = TOOLS | {"base", "concept", "motion", "sampling"}
+SAMPLING = TOOLS | {"base", "concept", "motion", "interchange", "sampling"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
@@ -30,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "base": TOOLS,
     "concept": TOOLS | {"base"},
     "motion": TOOLS | {"base"},
+    "interchange": TOOLS | {"base", "concept", "motion"},
     "sampling": SAMPLING,
-    "interchange": SAMPLING,
     "world": TOOLS | {"base", "motion"},
     "evaluation": SAMPLING | {"world"},
     "web": SAMPLING,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -142,7 +142,9 @@ def delta_name(parameter: str, prefix: str = "unet.") -> str:
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block these tensors stand in place of the model's parameters of their names; no value is copied."""
-    homes = [(model.get_submodule(path)._parameters, leaf, tensor) for path, leaf, tensor in _split(tensors)]
+    homes: list[tuple[dict[str, Any], str, Tensor]] = [
+        (model.get_submodule(path)._parameters, leaf, tensor) for path, leaf, tensor in _split(tensors)
+    ]
     former = [home[leaf] for home, leaf, _ in homes]
     try:
         for home, leaf, tensor in homes:
@@ -165,11 +167,11 @@ def _changes(model: nn.Module, concept: Concept, prefix: str) -> dict[str, Tenso
         names = {delta_name(name, prefix): name for name, _ in model.named_parameters()}
         return {names[name]: delta for name, delta in weights.items()}
     alpha = float(concept.metadata.adapter_settings["alpha"])
-    changes = {}
+    changes, parameters = {}, dict(model.named_parameters())
     for layer in sorted(lora_paths(weights)):
-        path = layer.removeprefix(prefix)
-        weight = model.get_submodule(path).weight
-        changes[f"{path}.weight"] = merged_weight(weight, weights, layer, alpha=alpha) - weight.float()
+        name = f"{layer.removeprefix(prefix)}.weight"
+        weight = parameters[name]
+        changes[name] = merged_weight(weight, weights, layer, alpha=alpha) - weight.float()
     return changes
 
 

@@ -81,8 +81,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument(
         "--concept",
-        metavar="FILE[,FILE]",
-        help="a concept file, several of them, or none (the newest one that fits the prompt)",
+        metavar="FILE[:WEIGHT][,FILE...]",
+        help="a concept, a LoRA, a textual inversion, several of them, or none (the newest one that fits the prompt)",
     )
     parser.add_argument("--base", metavar="NAME", help="tiny, a folder in diffusers' layout, or a hub id (tiny)")
     parser.add_argument(
@@ -96,25 +96,31 @@ def _parser() -> ArgumentParser:
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
     """The concept and the name to show for it, as the settings and the prompt ask."""
     from cdvideo.base.text import find_tokens
-    from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept, load_concept
-    from cdvideo.concept.merge import merge_concepts
+    from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept
+    from cdvideo.interchange.load import load_adapters
 
-    if config.concept == "auto":
-        found = find_concept(config.prompt, RUNS)
-        paths = [] if found is None else [found]
-    else:
-        paths = [Path(name.strip()).expanduser() for name in config.concept.split(",") if name.strip() != "none"]
-    if not paths:
+    files = config.concept_files
+    if config.concept == "auto" and (found := find_concept(config.prompt, RUNS)):
+        files = ((found, 1.0),)
+    if not files:
         return None, None
-    if paths == [SAMPLE_CONCEPT]:
+    if files == ((SAMPLE_CONCEPT, 1.0),):
         print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-    concepts = [load_concept(path, base=base, report=_report(config)) for path in paths]
-    concept = concepts[0] if len(concepts) == 1 else merge_concepts(base, concepts)
-    if not find_tokens(config.prompt, list(concept.tokens)):
+    concept = load_adapters(base, files, report=_report(config))
+    if concept.tokens and not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)
         logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
-    names = ["sample concept" if path == SAMPLE_CONCEPT else path.parent.name for path in paths]
-    return concept, " + ".join(names)
+    return concept, " + ".join(_public_name(path, weight) for path, weight in files)
+
+
+def _public_name(path: Path, weight: float) -> str:
+    """A concept as it is called in a film's settings: a run by its folder, anything else by its file."""
+    from cdvideo.concept.config import CONCEPT_FILE
+    from cdvideo.concept.file import SAMPLE_CONCEPT
+
+    name = path.resolve().parent.name if path.name == CONCEPT_FILE else path.stem
+    name = "sample concept" if path == SAMPLE_CONCEPT else name
+    return name if weight == 1 else f"{name} at {weight:g}"
 
 
 def _report(config: AnimateConfig) -> Callable[[str], object]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cdvideo.config import check
+from cdvideo.interchange.config import check_files, parse_files
 
 FORMATS = ("mp4", "gif", "webp")
 
@@ -51,7 +52,8 @@ class AnimateConfig:
     """Motion LoRAs to add to the motion modules, separated by commas, each a file or file:strength; "none" is none."""
     concept: str = "auto"
     """A concept file, or several, separated by commas, which are merged; "auto" is the newest one whose token stands in
-    the prompt, "none" is none."""
+    the prompt, "none" is none. Files from elsewhere are taken too: LoRA, textual inversion, Custom Diffusion; and each
+    may have a weight: rex.safetensors,style.safetensors:0.8."""
     out: Path = Path("runs/films")
     """The folder to write into."""
     device: str = "auto"
@@ -73,7 +75,13 @@ class AnimateConfig:
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
             *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
             (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
+            *check_files(self.concept_files),
         )
+
+    @property
+    def concept_files(self) -> tuple[tuple[Path, float], ...]:
+        """The concept's files with their weights; none for "auto" and "none"."""
+        return () if self.concept in ("auto", "none") else parse_files(self.concept)
 
     @property
     def formats(self) -> tuple[str, ...]:

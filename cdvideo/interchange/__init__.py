@@ -1,0 +1,1 @@
+"""Concepts and adapters in other people's files: read, told apart by their keys, and written."""
