@@ -108,7 +108,7 @@ def as_factors(layers: Mapping[str, LoraLayer]) -> tuple[dict[str, Tensor], dict
         factors[f"{name}.lora_A.weight"] = layer.down.float()
         factors[f"{name}.lora_B.weight"] = layer.up.float() * (layer.alpha / alpha)
         if layer.magnitude is not None:
-            factors[f"{name}.lora_magnitude_vector"] = layer.magnitude.float().flatten()
+            factors[f"{name}.lora_magnitude_vector"] = _peft_magnitude(layer)
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     dora = any(layer.magnitude is not None for layer in layers.values())
     return factors, {"rank": rank, "alpha": alpha, "dora": dora}
@@ -169,7 +169,7 @@ def peft_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
         factors[f"{name}.lora_A.weight"] = layer.down
         factors[f"{name}.lora_B.weight"] = layer.up * (layer.alpha / layer.rank)
         if layer.magnitude is not None:
-            factors[f"{name}.lora_magnitude_vector"] = layer.magnitude.flatten()
+            factors[f"{name}.lora_magnitude_vector"] = _peft_magnitude(layer)
     return factors
 
 
@@ -186,6 +186,13 @@ def peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
         "alpha_pattern": others,
         "use_dora": any(layer.magnitude is not None for layer in layers.values()),
     }
+
+
+def _peft_magnitude(layer: LoraLayer) -> Tensor:
+    """(out) of linear layers, (1, out, 1, 1) of convolutions."""
+    assert layer.magnitude is not None
+    magnitude = layer.magnitude.float().flatten()
+    return magnitude if layer.down.ndim == 2 else magnitude.view(1, -1, 1, 1)
 
 
 def _within(name: str) -> str:

@@ -25,6 +25,7 @@ from cdvideo.interchange.lora import (
     PEFT_CONFIG,
     LoraLayer,
     adaptable_layers,
+    as_factors,
     as_layers,
     kohya_tensors,
     low_rank,
@@ -56,14 +57,18 @@ def write_cdvideo(export: Export) -> None:
 
 
 def write_kohya(export: Export) -> None:
-    """A LoRA as kohya's scripts write it, which web UIs read; each token in a file beside it."""
-    layers = _lora_layers(export)
+    """A LoRA as kohya's scripts write it, which web UIs read; each token in a file beside it.
+
+    With one alpha for all layers: diffusers 0.42 takes the most common one for all.
+    """
+    factors, settings = as_factors(_lora_layers(export))
+    layers = as_layers(factors, settings["alpha"])
     width = export.base.text_encoder.config.hidden_size
     resolution = str(export.concept.metadata.resolution)
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(layer.rank for layer in layers.values())),
-        "ss_network_alpha": str(max(layer.alpha for layer in layers.values())),
+        "ss_network_alpha": str(settings["alpha"]),
         "ss_v2": str(width == 1024),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{_ARCHITECTURES.get(width, 'stable-diffusion')}/lora",
