@@ -6,6 +6,7 @@ Imports torch only once flags, settings and pictures have been found in order, s
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from argparse import ArgumentParser
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from cdvideo.base.loader import Base
     from cdvideo.concept.file import Concept
     from cdvideo.concept.trainer import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 def train_concept_main(argv: Sequence[str]) -> None:
@@ -60,7 +63,8 @@ def train_concept_main(argv: Sequence[str]) -> None:
     from cdvideo.sampling.prior import prior_pictures
 
     device = pick_device(config.device)
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
+    report = logger.info if args.quiet else print
+    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=report)
     for token, class_word in config.class_words.items():
         check_token(base.tokenizer, token)
         warn_of_unknown_words(base.tokenizer, class_word)

@@ -1,10 +1,12 @@
-"""Load a base: the embedded one, a local diffusers folder, or a hub id where the user writes one."""
+"""Load a base: the embedded one, a local diffusers folder or single file, or a hub id where the user writes one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cdvideo.base.latents import Vae
+from cdvideo.base.single_file import BaseParts, read_single_file
 from cdvideo.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TINY_BASE = Path(__file__).parent / "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -47,17 +52,51 @@ class Base:
         return self
 
 
-def load_base(name: str = "tiny", *, device: torch.device, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(
+    name: str = "tiny",
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[str], object] = logger.info,
+) -> Base:
     """Load a base by name.
 
     Args:
-        name: "tiny" (the embedded base), a local folder in diffusers' layout, or a hub id "owner/model"; only a hub id
-            ever touches the network.
+        name: "tiny" (the embedded base), a local folder in diffusers' layout, a .safetensors or .ckpt file of Stable
+            Diffusion 1.x or 2.x, or a hub id "owner/model"; only a hub id ever touches the network.
+        report: is told in a line what was found, how many tensors found their place, the prediction and the schedule.
 
     Raises:
-        UserError: no such folder, or a part of it is missing or of another kind than Stable Diffusion's.
+        UserError: no such path, a part of it is missing or of another kind than Stable Diffusion's, or a weight has no
+            place.
     """
     path = _find_base(name)
+    if path.is_dir():
+        _check_folder(path, name)
+    base_hash = weights_hash(path)
+    parts = read_single_file(path, dtype=dtype) if path.is_file() else _read_folder(path, dtype)
+    base = Base(
+        name=name,
+        path=path,
+        hash=base_hash,
+        unet=parts.unet,
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler_config=parts.scheduler_config,
+        resolution=int(parts.unet.config.sample_size) * 2 ** (len(parts.vae.config.block_out_channels) - 1),
+        device=device,
+        dtype=dtype,
+    )
+    for module in (base.unet, base.vae, base.text_encoder):
+        module.to(device).eval().requires_grad_(False)
+    matched = ", ".join(f"{part} {number}/{number}" for part, number in parts.matched.items())
+    prediction, betas = (parts.scheduler_config.get(key) for key in ("prediction_type", "beta_schedule"))
+    report(f"base {name}: {parts.found}; matched {matched}; predicts {prediction}, betas {betas}, hash {base_hash}")
+    return base
+
+
+def _check_folder(path: Path, name: str) -> None:
     for part in PARTS:
         if not (path / part).is_dir():
             raise UserError(
@@ -65,25 +104,40 @@ def load_base(name: str = "tiny", *, device: torch.device, dtype: torch.dtype = 
                 allowed=f"a diffusers folder with {', '.join(PARTS)}",
                 do="give another --base, or rebuild the embedded one with scripts/make_base.py",
             )
+
+
+def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
     vae_config = json.loads((path / "vae" / "config.json").read_text())
     vae_class = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    base = Base(
-        name=name,
-        path=path,
-        hash=weights_hash(path),
-        unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype),
-        vae=vae_class.from_pretrained(path, subfolder="vae", torch_dtype=dtype),
-        text_encoder=load_text_encoder(path / "text_encoder", dtype=dtype),
+    options: dict[str, Any] = {"torch_dtype": dtype, "output_loading_info": True}
+    unet, unet_info = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **options)
+    vae, vae_info = vae_class.from_pretrained(path, subfolder="vae", **options)
+    modules = {"UNet": unet, "VAE": vae, "text encoder": load_text_encoder(path / "text_encoder", dtype=dtype)}
+    for part, info in (("UNet", unet_info), ("VAE", vae_info)):
+        _check_all_matched(part, info, path)
+    return BaseParts(
+        unet=unet,
+        vae=vae,
+        text_encoder=modules["text encoder"],
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
         scheduler_config=dict(DDIMScheduler.load_config(path, subfolder="scheduler")),
-        resolution=0,
-        device=device,
-        dtype=dtype,
+        found="a folder in diffusers' layout",
+        matched={part: len(module.state_dict()) for part, module in modules.items()},
     )
-    base.resolution = int(base.unet.config.sample_size) * 2 ** (len(base.vae.config.block_out_channels) - 1)
-    for module in (base.unet, base.vae, base.text_encoder):
-        module.to(device).eval().requires_grad_(False)
-    return base
+
+
+def _check_all_matched(part: str, info: Mapping[str, Collection[Any]], path: Path) -> None:
+    """Raises UserError for weights without a place, and for places that would keep random weights."""
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        told = ", ".join(
+            f"{len(keys)} {kind.removesuffix('_keys')} (such as {min(map(str, keys))})" for kind, keys in wrong.items()
+        )
+        raise UserError(
+            f"the {part} in {path}: {told}",
+            allowed="weights that fit the folder's config.json key by key",
+            do="get the folder again, or give another --base",
+        )
 
 
 def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
@@ -91,25 +145,27 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CL
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return CLIPTextModel.from_pretrained(folder, dtype=dtype)
+        text_encoder, info = CLIPTextModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    _check_all_matched("text encoder", info, folder.parent)
+    return text_encoder
 
 
 def _find_base(name: str) -> Path:
     if name == "tiny":
         return TINY_BASE
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, allow_patterns=[f"{part}/*" for part in PARTS] + ["model_index.json"]))
     raise UserError(
-        f"base {name!r}: no such folder",
-        allowed="'tiny', a local diffusers folder, or a hub id 'owner/model'",
+        f"base {name!r}: no such folder or file",
+        allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model'",
         do="check the path given with --base",
     )
 
@@ -117,10 +173,15 @@ def _find_base(name: str) -> Path:
 def weights_hash(path: Path) -> str:
     """16 hex digits of the SHA-256 over the weight files of UNet, text encoder and VAE, names included.
 
+    Of a single file it is the SHA-256 of its bytes, whose first digits the web interfaces show as the model's hash.
+
     Raises:
         UserError: a part has no safetensors weights.
     """
     digest = hashlib.sha256()
+    if path.is_file():
+        _digest_file(digest, path)
+        return digest.hexdigest()[:16]
     for part in HASHED_PARTS:
         files = sorted((path / part).glob("*.safetensors"))
         if not files:
@@ -131,5 +192,12 @@ def weights_hash(path: Path) -> str:
             )
         for file in files:
             digest.update(f"{part}/{file.name}".encode())
-            digest.update(file.read_bytes())
+            _digest_file(digest, file)
     return digest.hexdigest()[:16]
+
+
+def _digest_file(digest: hashlib._Hash, file: Path) -> None:
+    """Piece by piece: the whole file would be a second copy of the weights in memory."""
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)

@@ -248,7 +248,7 @@ class ConceptConfig:
     """More things to learn at once, each with its own token and rows, and all with the same weights:
     others=[{images: photos/tom, token: tom, class_word: cat}]. Prompts may then hold several of them."""
     base: str = "tiny"
-    """The model to teach: "tiny" is the embedded one; else a folder in the diffusers layout, or a hub id."""
+    """The model to teach: "tiny" is the embedded one; else a diffusers folder, a single file, or a hub id."""
     steps: int = 400
     """Optimizer steps."""
     seed: int = 0

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     from cdvideo.device import pick_device, pick_dtype
 
     device = pick_device(config.device)
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
+    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=_report(config))
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
 
@@ -84,7 +84,9 @@ def _parser() -> ArgumentParser:
         metavar="FILE[:WEIGHT][,FILE...]",
         help="a concept, a LoRA, a textual inversion, several of them, or none (the newest one that fits the prompt)",
     )
-    parser.add_argument("--base", metavar="NAME", help="tiny, a folder in diffusers' layout, or a hub id (tiny)")
+    parser.add_argument(
+        "--base", metavar="NAME", help="tiny, a diffusers folder, a .safetensors or .ckpt file, or a hub id (tiny)"
+    )
     parser.add_argument(
         "--motion", metavar="PATH", help="motion modules: a folder, or AnimateDiff's .ckpt or .safetensors (the base's)"
     )

@@ -45,7 +45,7 @@ class AnimateConfig:
     watch_size: int = 384
     """Smaller pictures are enlarged by a whole factor until their short side has this many pixels; 0 leaves them."""
     base: str = "tiny"
-    """The image model: "tiny" is the embedded one; or a folder in diffusers' layout, or a hub id."""
+    """The image model: "tiny" is the embedded one; or a folder in diffusers' layout, a single file, or a hub id."""
     motion: str = "auto"
     """Motion modules: a MotionAdapter folder, or a file of AnimateDiff's; "auto" is the folder `motion` of the base."""
     motion_lora: str = "none"

@@ -1,0 +1,88 @@
+"""The configs of Stable Diffusion 1.x and 2.x, read from the keys and shapes of one file in CompVis' names (ldm)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "timestep_spacing": "leading",
+}
+
+
+def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """UNet2DConditionModel's arguments, but for `sample_size`.
+
+    Heads leave no trace in the weights: Stable Diffusion 1.x has 8 in each attention; 2.x, known by its linear
+    projections, has heads of 64 channels.
+    """
+    inputs = count(tensors, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
+    ends = [i for i in range(inputs) if f"{UNET}input_blocks.{i}.0.op.weight" in tensors]
+    blocks = len(ends) + 1
+    layers = inputs // blocks - 1
+    firsts = [1 + b * (layers + 1) for b in range(blocks)]
+    widths = [len(tensors[f"{UNET}input_blocks.{i}.0.out_layers.3.bias"]) for i in firsts]
+    attends = [f"{UNET}input_blocks.{i}.1.norm.weight" in tensors for i in firsts]
+    inside = f"{UNET}middle_block.1."
+    linear = tensors[f"{inside}proj_in.weight"].ndim == 2
+    return {
+        "in_channels": tensors[f"{UNET}input_blocks.0.0.weight"].shape[1],
+        "out_channels": len(tensors[f"{UNET}out.2.bias"]),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attends)),
+        "cross_attention_dim": tensors[f"{inside}transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "attention_head_dim": [width // 64 for width in widths] if linear else 8,
+        "use_linear_projection": linear,
+    }
+
+
+def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """AutoencoderKL's arguments."""
+    blocks = count(tensors, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
+    return {
+        "in_channels": tensors[f"{VAE}encoder.conv_in.weight"].shape[1],
+        "out_channels": len(tensors[f"{VAE}decoder.conv_out.bias"]),
+        "latent_channels": tensors[f"{VAE}decoder.conv_in.weight"].shape[1],
+        "block_out_channels": tuple(len(tensors[f"{VAE}encoder.down.{b}.block.0.conv2.bias"]) for b in range(blocks)),
+        "layers_per_block": count(tensors, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "scaling_factor": 0.18215,
+    }
+
+
+def text_config(weights: Mapping[str, Tensor], *, activation: str) -> dict[str, Any]:
+    """CLIPTextConfig's arguments, from weights under CLIPTextModel's own names. CLIP's text heads have 64 channels."""
+    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": len(weights["encoder.layers.0.mlp.fc1.bias"]),
+        "num_hidden_layers": count(weights, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": len(weights["embeddings.position_embedding.weight"]),
+        "hidden_act": activation,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+    }
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the highest number that the pattern finds at the beginning of a name; 0 where it finds none."""
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)

@@ -1,0 +1,248 @@
+"""Stable Diffusion 1.x and 2.x from one .safetensors or .ckpt file, without a config from anywhere else.
+
+The config is read from the keys, the weights are renamed by diffusers' own conversion, and the modules are built
+without weights and then given the file's, so no tensor is held twice. Every key of the file is accounted for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from cdvideo.base.checkpoint import read_metadata, read_tensors
+from cdvideo.base.latents import Vae
+from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, UNET, VAE, count, text_config, unet_config, vae_config
+from cdvideo.errors import UserError
+
+CLIP_VOCABULARY = Path(__file__).parent / "clip"
+
+# What stands beside the weights: tables of the schedule, marks, and parts of CLIP that are never called.
+_BESIDE = re.compile(
+    r"(model_ema|first_stage_model\.loss)\..*|(sqrt_|sqrt_recip_|sqrt_recipm1_|log_|)(one_minus_|)(alphas_cumprod).*"
+    r"|posterior_.*|betas|logvar|lvlb_weights|scale_factor|v_pred|ztsnr|cond_stage_model\..*\.position_ids"
+    r"|cond_stage_model\.(model\.|transformer\.|)(logit_scale|text_projection(\.weight)?|attn_mask)"
+)
+
+
+@dataclass(frozen=True)
+class BaseParts:
+    """What a base is made of, on the CPU. `found`: what was loaded, in words; `matched`: tensors in each part."""
+
+    unet: UNet2DConditionModel
+    vae: Vae
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    found: str
+    matched: Mapping[str, int]
+
+
+class Prediction(NamedTuple):
+    """What the UNet predicts, in the words of diffusers' schedulers, and how that is known."""
+
+    kind: str
+    source: str
+
+
+def read_single_file(path: Path, *, dtype: torch.dtype = torch.float32) -> BaseParts:
+    """Reads a base from one file as CompVis, Stability AI and the web interfaces have it; never touches the network.
+
+    Where the file holds averaged weights (EMA) of the UNet beside the last ones, the averaged are taken.
+
+    Raises:
+        UserError: another kind of model, by name; a part that is missing, or a key that has no place.
+    """
+    tensors = read_tensors(path)
+    _refuse_other_kinds(tensors, path)
+    is_second = any(name.startswith(OPEN_CLIP) for name in tensors)
+    stated, zero_snr = _stated_prediction(tensors, path), "ztsnr" in tensors
+    averaged = _take_averaged(tensors)
+    _drop_unused(tensors)
+
+    try:
+        unet_shape, vae_shape = unet_config(tensors), vae_config(tensors)
+        unet_weights = convert_ldm_unet_checkpoint(_part(tensors, UNET), unet_shape)
+        vae_weights = convert_ldm_vae_checkpoint(_part(tensors, VAE), vae_shape)
+        text_weights = _open_clip(tensors) if is_second else _clip(tensors)
+        text_shape = text_config(text_weights, activation="gelu" if is_second else "quick_gelu")
+    except (KeyError, IndexError) as error:
+        raise _not_whole(path, f"lacks {error}") from error
+    _check_all_used(tensors, [*unet_weights.values(), *vae_weights.values(), *text_weights.values()], path)
+    del tensors
+    with init_empty_weights():
+        unet, vae = UNet2DConditionModel(**unet_shape), AutoencoderKL(**vae_shape)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**text_shape))
+    matched = {
+        "UNet": _fill(unet, unet_weights, dtype, path),
+        "VAE": _fill(vae, vae_weights, dtype, path),
+        "text encoder": _fill(text_encoder, text_weights, dtype, path),
+    }
+
+    usual = measure_prediction(unet, text_encoder) if is_second else Prediction("epsilon", "as in all of 1.x")
+    prediction = stated or usual
+    # Of Stable Diffusion 2, the models for 768 pixels predict v, those for 512 the noise.
+    unet.register_to_config(sample_size=96 if is_second and prediction.kind == "v_prediction" else 64)
+    last_steps = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    return BaseParts(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=load_clip_tokenizer(pad_token="!" if is_second else "<|endoftext|>"),
+        scheduler_config={**SCHEDULER, "prediction_type": prediction.kind, **last_steps},
+        found=f"Stable Diffusion {'2' if is_second else '1'}.x in one file"
+        f"{' (averaged weights)' if averaged else ''}, prediction known {prediction.source}",
+        matched=matched,
+    )
+
+
+def load_clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
+    """CLIP's own tokenizer. Stable Diffusion 1.x pads with the end of text, 2.x (OpenCLIP) with id 0, which is "!"."""
+    return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, pad_token=pad_token)
+
+
+@torch.inference_mode()
+def measure_prediction(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> Prediction:
+    """Whether a UNet predicts noise or v: asked at the last timestep, with noise for a picture.
+
+    There a picture is almost all noise, so a prediction of the noise is nearly what went in, while v is nearly the
+    picture's negative, which has little to do with it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise_BCHW = torch.randn(1, unet.config["in_channels"], 32, 32, generator=generator)
+    text_BLD = text_encoder(input_ids=torch.tensor([[49406, 49407]])).last_hidden_state
+    predicted_BCHW = unet(noise_BCHW.to(unet.dtype), 999, text_BLD, return_dict=False)[0].float()
+    likeness = torch.cosine_similarity(predicted_BCHW.flatten(), noise_BCHW.flatten(), dim=0).item()
+    return Prediction("epsilon" if likeness > 0.5 else "v_prediction", f"by trial (likeness to noise {likeness:.2f})")
+
+
+def _stated_prediction(tensors: Mapping[str, Tensor], path: Path) -> Prediction | None:
+    """What a config beside the file, the file's header or a key says."""
+    beside = path.with_suffix(".yaml")
+    if beside.is_file():
+        params = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
+        is_v = params.get("parameterization", "eps") == "v"
+        return Prediction("v_prediction" if is_v else "epsilon", f"from {beside.name}")
+    header = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    stated = header.get(read_metadata(path).get("modelspec.prediction_type", ""))
+    if stated is not None:
+        return Prediction(stated, "from the file's header")
+    return Prediction("v_prediction", "from the key v_pred") if "v_pred" in tensors else None
+
+
+def _take_averaged(tensors: dict[str, Tensor]) -> bool:
+    """Puts the averaged weights of the UNet in place of the last ones, where the file has them."""
+    averages = {
+        name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)
+    }
+    if not all(average in tensors for average in averages.values()):
+        return False
+    for name, average in averages.items():
+        tensors[name] = tensors.pop(average)
+    return True
+
+
+def _drop_unused(tensors: dict[str, Tensor]) -> None:
+    """Leaves out what no part has a place for, and OpenCLIP's last layer: 2.x reads the one before it."""
+    layer = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\."
+    last = f"{OPEN_CLIP}transformer.resblocks.{count(tensors, layer) - 1}."
+    for name in list(tensors):
+        if _BESIDE.fullmatch(name) or name.startswith(last):
+            del tensors[name]
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text encoder of 1.x under CLIPTextModel's own names; some merges lack the `text_model.`."""
+    return {
+        name.removeprefix(CLIP).removeprefix("text_model."): tensor for name, tensor in _part(tensors, CLIP).items()
+    }
+
+
+def _open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text encoder of 2.x under CLIPTextModel's own names."""
+    # diffusers asks the model for its width alone.
+    sized = torch.nn.Module()
+    sized.config = CLIPTextConfig(hidden_size=tensors[f"{OPEN_CLIP}token_embedding.weight"].shape[1])
+    converted = convert_open_clip_checkpoint(sized, _part(tensors, OPEN_CLIP), prefix=OPEN_CLIP)
+    return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+
+
+def _check_all_used(tensors: Mapping[str, Tensor], weights: Iterable[Tensor], path: Path) -> None:
+    """Raises UserError for keys of the file that went into no part. What was renamed still lies at the same place."""
+    places = {tensor.data_ptr() for tensor in weights}
+    copied = (".in_proj_weight", ".in_proj_bias")  # OpenCLIP's, taken apart into Q, K and V
+    strangers = [
+        name for name, tensor in tensors.items() if tensor.data_ptr() not in places and not name.endswith(copied)
+    ]
+    if strangers:
+        raise _not_whole(path, f"has {len(strangers)} keys without a place, such as {strangers[0]}")
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> int:
+    """Gives an empty module its weights and returns how many; `weights` is emptied on the way."""
+    # transformers before 5.6 has CLIPTextModel's weights under `text_model.`.
+    prefix = "text_model." if hasattr(module, "text_model") else ""
+    given = {prefix + name: weights.pop(name).to(dtype) for name in list(weights)}
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = sorted(
+        name for name in wanted.keys() | given.keys() if name not in given or given[name].shape != wanted.get(name)
+    )
+    if wrong:
+        matched = f"matched {len(wanted.keys() - set(wrong))}/{len(wanted)} tensors of {type(module).__name__}"
+        raise _not_whole(path, f"{matched}; {len(wrong)} are missing, unknown or misshapen, such as {wrong[0]}")
+    module.load_state_dict(given, assign=True)
+    return len(given)
+
+
+def _not_whole(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path.name} {what}",
+        allowed="a whole Stable Diffusion 1.x or 2.x in one file, and nothing else in it",
+        do="get the file again, or give another --base",
+    )
+
+
+def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
+    first = tensors.get(f"{UNET}input_blocks.0.0.weight")
+    channels = 4 if first is None else first.shape[1]
+    has = {
+        prefix: any(name.startswith(prefix) for name in tensors) for prefix in (VAE, CLIP, OPEN_CLIP, "conditioner.")
+    }
+    joined = "\n".join(tensors)
+    kinds = {
+        "Stable Diffusion XL": has["conditioner."],
+        "a LoRA": "lora" in joined,
+        "motion modules": "motion_modules." in joined,
+        "parts of a diffusers folder": first is None
+        and re.search(r"^(down_blocks|encoder|text_model)\.", joined, re.M),
+        "no UNet of Stable Diffusion": first is None,
+        f"a model that reads {channels} channels (inpainting, depth or editing)": channels != 4,
+        "a model with class labels": "label_emb." in joined,
+        "no autoencoder": not has[VAE],
+        "no text encoder": not (has[CLIP] or has[OPEN_CLIP]),
+    }
+    for kind, is_it in kinds.items():
+        if is_it:
+            raise UserError(
+                f"{path.name} holds {kind}",
+                allowed="text-to-image models of the Stable Diffusion 1 and 2 family, whole in one file or folder",
+                do="choose another file with --base",
+            )
