@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,12 +61,7 @@ def read_foreign(path: Path) -> Foreign:
     """
     if not path.is_file():
         raise UserError(f"there is no concept file {path}", allowed=READABLE, do="correct the path")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        content, header = _read_pickle(path)
-    else:
-        content, header = _read_safetensors(path)
+    content, header = _read_pickle(path) if _is_pickle(path) else _read_safetensors(path)
     foreign = Foreign(path, tell_kind(path, content, header), content, header)
     broken = [key for key, tensor in foreign.tensors.items() if not tensor.isfinite().all()]
     if broken:
@@ -97,14 +91,26 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
         return KOHYA
     if any(part in key for key in keys for part in _LORA_PARTS):
         return PEFT if all(key.startswith(_PEFT_PREFIX) for key in keys) else DIFFUSERS
-    if keys and all(isinstance(rows, Tensor) and rows.ndim in (1, 2) for rows in content.values()):
-        widths = {rows.shape[-1] for rows in content.values()}
-        if len(widths) == 1 and not any(key.endswith((".weight", ".bias", ".alpha")) for key in keys):
-            return TEXTUAL_INVERSION
+    if keys and all(_is_word(key, content[key]) for key in content):
+        return TEXTUAL_INVERSION
     found = ", ".join(keys[:3]) or "nothing"
     raise UserError(
         f"{path} is none of the files that can be read: it holds {found}", allowed=READABLE, do="look inside"
     )
+
+
+def _is_word(key: Any, rows: Any) -> bool:
+    """Whether an entry can be a word and its rows: no more of them than a prompt takes, and no path for a name."""
+    plausible = isinstance(rows, Tensor) and rows.ndim in (1, 2) and "." not in str(key)
+    return plausible and rows.numel() <= 75 * rows.shape[-1]
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save writes it, in a zip or as it did before 1.6. Safetensors begin with a length,
+    which may look like either, and a JSON object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,8 +146,3 @@ def _flat(prefix: str, content: Any) -> list[tuple[str, Tensor]]:
     if isinstance(content, (list, tuple)):
         return [pair for index, value in enumerate(content) for pair in _flat(f"{prefix}.{index}", value)]
     return []
-
-
-def read_json(text: str | None) -> dict[str, Any]:
-    """An object out of a header's field; empty where there is none."""
-    return json.loads(text) if text else {}

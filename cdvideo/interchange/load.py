@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cdvideo.base.loader import Base
+from cdvideo.base.text import is_vocabulary_word
 from cdvideo.concept.config import CONCEPT_FILE
 from cdvideo.concept.file import Concept, ConceptMetadata, load_concept, public_base_name
 from cdvideo.concept.merge import merge_concepts, weighted
@@ -25,7 +25,7 @@ from cdvideo.interchange.files import (
     Foreign,
     read_foreign,
 )
-from cdvideo.interchange.lora import PEFT_CONFIG, as_layers, read_lora
+from cdvideo.interchange.lora import as_layers, read_lora
 from cdvideo.interchange.textual_inversion import read_rows
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,9 @@ def _load_file(path: Path, base: Base, report: Callable[[str], object]) -> Conce
         words = f" for {', '.join(concept.tokens)}" if concept.tokens else ""
         count = len(foreign.tensors)
         report(f"{foreign.kind} {path}{words}: matched {count}/{count} tensors")
+        for token in concept.tokens:
+            if is_vocabulary_word(base.tokenizer, token):
+                logger.warning("%s calls its token %r, a word of the base, which it hides", path.name, token)
     _require_effect(path, concept)
     return concept
 
@@ -100,7 +103,7 @@ def _as_concept(foreign: Foreign, base: Base) -> Concept:
         kind = adapter_kind(base.unet, weights) if weights else "token"
     else:
         kind = "lora"
-        weights, settings = read_lora(foreign, base, _settings_beside(foreign.path))
+        weights, settings = read_lora(foreign, base)
     return Concept(
         {name: rows_KD.to(base.device) for name, rows_KD in tokens.items()},
         {name: tensor.to(base.device) for name, tensor in weights.items()},
@@ -126,11 +129,6 @@ def _metadata(base: Base, kind: str, settings: dict[str, Any], class_words: dict
         adapter=kind,
         adapter_settings=settings,
     )
-
-
-def _settings_beside(path: Path) -> Mapping[str, Any]:
-    file = path.with_name(PEFT_CONFIG)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _require_effect(path: Path, concept: Concept) -> None:

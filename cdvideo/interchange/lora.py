@@ -7,6 +7,7 @@ missing the scale is 1.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import text_prefix
 from cdvideo.concept.lora import lora_paths
 from cdvideo.errors import UserError
-from cdvideo.interchange.files import KOHYA, Foreign, read_json
+from cdvideo.interchange.files import KOHYA, PEFT, Foreign
 
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps alpha, beside the factors
 METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings, in the header
@@ -61,29 +62,27 @@ def adaptable_layers(base: Base) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def read_lora(foreign: Foreign, base: Base, beside: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The factors by their names in a concept file, and the adapter's settings.
-
-    Args:
-        beside: What PEFT's adapter_config.json says, where there is one.
 
     Raises:
         UserError: For keys that are unknown or incomplete, and for layers that this base has not or has in other sizes.
     """
     layers = adaptable_layers(base)
     kohya = {kohya_name(name): name for name in layers}
+    tensors = foreign.tensors
     keys: dict[str, dict[str, str]] = {}
     lost = []
-    for key in foreign.tensors:
+    for key in tensors:
         name, part = _kohya_place(key, kohya) if foreign.kind == KOHYA else _peft_place(key, layers)
         if name is None or part is None:
             lost.append(key)
         else:
             keys.setdefault(name, {})[part] = key
-    settings = _settings_by_model(foreign, beside)
+    settings = _settings_by_model(foreign)
     read: dict[str, LoraLayer] = {}
     for name, places in keys.items():
-        parts = {part: foreign.tensors[key] for part, key in places.items()}
+        parts = {part: tensors[key] for part, key in places.items()}
         layer = _read_layer(parts, layers[name].weight, kohya=foreign.kind == KOHYA)
         if layer is None:
             lost += places.values()
@@ -92,7 +91,7 @@ def read_lora(foreign: Foreign, base: Base, beside: Mapping[str, Any]) -> tuple[
             read[name] = replace(layer, alpha=alpha)
     if lost:
         raise UserError(
-            f"{foreign.path}: matched {len(foreign.tensors) - len(lost)}/{len(foreign.tensors)} tensors of base "
+            f"{foreign.path}: matched {len(tensors) - len(lost)}/{len(tensors)} tensors of base "
             f"{base.name!r}; no place for {lost[0]}",
             allowed="LoRA factors (down, up, mid, alpha, DoRA's magnitudes) of layers that the base has, in its sizes",
             do="use the --base that the file was made for",
@@ -218,12 +217,14 @@ def _peft_place(key: str, layers: Mapping[str, nn.Module]) -> tuple[str | None, 
     return next((place for place in places if place in layers), None), _PEFT_PARTS[match["part"]]
 
 
-def _settings_by_model(foreign: Foreign, beside: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """PEFT's settings of "unet" and "text_encoder", out of the header or the file beside."""
-    flat = read_json(foreign.header.get(METADATA))
+def _settings_by_model(foreign: Foreign) -> dict[str, dict[str, Any]]:
+    """PEFT's settings of "unet" and "text_encoder", out of the header or, in PEFT's own folders, the file beside."""
+    beside = foreign.path.with_name(PEFT_CONFIG)
+    if foreign.kind == PEFT and beside.is_file():
+        return dict.fromkeys(("unet", "text_encoder"), json.loads(beside.read_text(encoding="utf-8")))
+    flat = json.loads(foreign.header.get(METADATA, "{}"))
     return {
         model: {key.removeprefix(f"{model}."): value for key, value in flat.items() if key.startswith(f"{model}.")}
-        or dict(beside)
         for model in ("unet", "text_encoder")
     }
 

@@ -38,7 +38,7 @@ def peer_parts(base: Base) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def draw_with(pipeline: StableDiffusionPipeline, prompt: str = PROMPT) -> Tensor:
+def draw_with(pipeline: StableDiffusionPipeline, prompt: str = PROMPT, *, noise: Tensor | None = None) -> Tensor:
     """The pipeline's latents_BCHW, for the noise and the settings of `draw`."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
@@ -46,7 +46,7 @@ def draw_with(pipeline: StableDiffusionPipeline, prompt: str = PROMPT) -> Tensor
         negative_prompt=NEGATIVE,
         guidance_scale=4.0,
         num_inference_steps=3,
-        latents=draw_noise([5], (4, 8, 8)),
+        latents=draw_noise([5], (4, 8, 8)) if noise is None else noise,
         output_type="latent",
     ).images
 

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cdvideo.base.loader import Base, load_base
-from cdvideo.concept.file import Concept
+from cdvideo.concept.file import SAMPLE_CONCEPT, Concept, load_concept
 from cdvideo.errors import UserError
 from cdvideo.interchange import write
 from cdvideo.interchange.load import load_adapters
 from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.denoise import draw_noise
+from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import sample_video
 from tests.interchange.parts import ADAPTERS, NEGATIVE, PROMPT, draw_with, learned, peer_parts, with_text
 
@@ -82,6 +83,26 @@ def test_diffusers_draws_the_same_with_our_lora(
     pipeline.load_textual_inversion(tmp_path, weight_name="sks.safetensors")
     theirs = draw_with(pipeline)
     print(f"{name} as {to}: max abs difference of latents {(theirs - ours).abs().max():.2e}")
+    assert (ours - plain).abs().max() > 1e-2
+    assert (theirs - ours).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_the_concept_that_ships_in_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """On the embedded base, whose own files diffusers reads: nothing here is random but the noise."""
+    base = load_base("tiny", device=torch.device("cpu"))
+    concept = load_concept(SAMPLE_CONCEPT, base=base)
+    written(base, concept, tmp_path, to)
+    monkeypatch.setattr("cdvideo.sampling.image.decode_latents", lambda _vae, latents_BCHW: latents_BCHW)
+    options: dict[str, Any] = {"guidance": 4.0, "steps": 3, "negative_prompt": NEGATIVE}
+    ours, plain = (sample_images(base, [PROMPT], seeds=[5], concept=each, **options) for each in (concept, None))
+
+    pipeline = StableDiffusionPipeline(**peer_parts(load_base("tiny", device=torch.device("cpu"))))
+    weight_name = "mine.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors"
+    pipeline.load_lora_weights(tmp_path, weight_name=weight_name)
+    pipeline.load_textual_inversion(tmp_path, weight_name="sks.safetensors")
+    theirs = draw_with(pipeline, noise=draw_noise([5], tuple(ours.shape[1:])))
+    print(f"{to}: max abs difference of latents {(theirs - ours).abs().max():.2e}")
     assert (ours - plain).abs().max() > 1e-2
     assert (theirs - ours).abs().max() <= 1e-3
 
