@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "world": TOOLS | {"base", "motion"},
     "evaluation": SAMPLING | {"world"},
     "web": SAMPLING,
+    "doctor": TOOLS | {"base"},
     "recipes": SAMPLING,
 }
 

@@ -1,0 +1,105 @@
+"""The doctor: on this machine, on one where things are broken, and in its table of versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cdvideo import doctor
+from cdvideo.cli import run_main
+from cdvideo.doctor import Finding, check_attention, examine, main, tried, write_and_read
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine()}
+
+
+def test_everything_that_the_tests_need_is_in_order(findings: dict[str, Finding]) -> None:
+    assert [finding for finding in findings.values() if finding.state in ("missing", "broken")] == []
+    for name in ("torch", "cpu", "SDPA cpu float32", "SDPA cpu bfloat16", "mp4", "gif", "webp", "embedded base"):
+        assert findings[name].state == "ok"
+    assert findings["torch"].detail == torch.__version__
+    assert re.search(r"\d+ cores, [\d.]+ GB memory, [\d.]+ GB free", findings["cpu"].detail)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_xformers_is_not_asked_for_without_a_gpu(findings: dict[str, Finding]) -> None:
+    assert findings["xformers"].state == findings["cuda"].state == "unused"
+
+
+@pytest.mark.gpu
+def test_every_gpu_is_tried(findings: dict[str, Finding]) -> None:
+    assert findings["cuda:0"].state == findings["SDPA cuda:0 float16"].state == "ok"
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, ["--json", str(tmp_path / "doctor.json")]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("\nall in order\n")
+    written = json.loads((tmp_path / "doctor.json").read_text())
+    assert all(finding["name"] in said and finding["detail"] in said for finding in written)
+
+
+def test_an_old_and_an_absent_package_are_told_with_their_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", {"numpy": "99.0", "no-such-package": "1.0"})
+    assert run_main(main, []) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"missing +numpy +[\d.]+, at least 99\.0 is needed\n +-> pip install 'numpy>=99\.0'", said)
+    assert re.search(r"missing +no-such-package +not installed\n +-> pip install 'no-such-package>=1\.0'", said)
+    assert said.endswith("to be mended: numpy, no-such-package\n")
+
+
+def test_it_speaks_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from cdvideo.doctor import main; main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "torch can not be imported" in done.stdout and "no torch here" in done.stdout
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_wrong_attention_is_found() -> None:
+    def unscaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+    with pytest.raises(ValueError, match="wrong by"):
+        check_attention(unscaled, CPU, torch.float32)
+    with pytest.raises(ValueError, match="wrong by nan"):
+        check_attention(lambda q, k, v: q * float("nan"), CPU, torch.float32)
+
+
+def test_a_film_that_does_not_come_back_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdvideo.media import export
+
+    whole = export.write_video
+    monkeypatch.setattr(export, "write_video", lambda frames, *rest, **options: whole(frames[:5], *rest, **options))
+    with pytest.raises(ValueError, match=r"\(5, 64, 64, 3\) came back"):
+        write_and_read(tmp_path / "film.gif")
+
+
+def test_what_a_trial_raises_is_the_finding() -> None:
+    def trial() -> str:
+        raise OSError("libsomething.so: no such file\nand more")
+
+    expected = Finding("codecs", "mp4", "broken", "OSError: libsomething.so: no such file", "mend it")
+    assert tried("codecs", "mp4", trial, mend="mend it") == expected
+
+
+def test_versions_are_those_of_the_project_file() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    stated = dict(re.findall(r'^\s*"([\w-]+)>=([\d.]+)"', text, re.MULTILINE))
+    assert stated == doctor.REQUIRED
+    for name, (least, extra, _) in doctor.OPTIONAL.items():
+        assert re.search(rf'^{extra} = \[.*"{name}>={re.escape(least)}"', text, re.MULTILINE)
