@@ -150,6 +150,24 @@ def test_locon_in_three_parts_folds(tiny_base: Base, tmp_path: Path) -> None:
     torch.testing.assert_close(nn.functional.conv2d(pixels_BCHW, change, padding=1), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_lycoris_magnitudes_of_the_outputs(tiny_base: Base, tmp_path: Path) -> None:
+    """DoRA (arXiv 2402.09353, eq. 5) as LyCORIS keeps it; its older form, of the inputs, is another formula."""
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    weight = tiny_base.unet.get_submodule(path).weight.detach()
+    stem = kohya_name(f"unet.{path}")
+    factors = {"lora_down.weight": random(2, weight.shape[1]), "lora_up.weight": random(len(weight), 2)}
+    magnitude = random(len(weight), 1).abs()
+    tensors = {f"{stem}.{part}": tensor.half() for part, tensor in factors.items()}
+    save_file({**tensors, f"{stem}.dora_scale": magnitude.clone()}, tmp_path / "out.safetensors")
+    (change,) = changes_of(tiny_base, load(tiny_base, tmp_path / "out.safetensors")).values()
+    merged = weight + factors["lora_up.weight"] @ factors["lora_down.weight"]
+    expected = magnitude * merged / merged.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(weight + change, expected, rtol=2e-3, atol=2e-3)
+    save_file({**tensors, f"{stem}.dora_scale": random(1, weight.shape[1])}, tmp_path / "in.safetensors")
+    with pytest.raises(UserError, match=f"no place for {stem}"):
+        load(tiny_base, tmp_path / "in.safetensors")
+
+
 def test_what_diffusers_saves_acts_as_it_does_there(
     tiny_base: Base, tmp_path: Path, draw: Draw, pipeline: StableDiffusionPipeline
 ) -> None:
