@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
@@ -134,8 +133,8 @@ def _stated_prediction(tensors: Mapping[str, Tensor], path: Path) -> Prediction 
     """What a config beside the file, the file's header or a key says."""
     beside = path.with_suffix(".yaml")
     if beside.is_file():
-        params = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
-        is_v = params.get("parameterization", "eps") == "v"
+        text = beside.read_text(encoding="utf-8")
+        is_v = re.search(r"^ *parameterization: *[\"']?v[\"']? *$", text, re.MULTILINE) is not None
         return Prediction("v_prediction" if is_v else "epsilon", f"from {beside.name}")
     header = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     stated = header.get(read_metadata(path).get("modelspec.prediction_type", ""))
