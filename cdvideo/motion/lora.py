@@ -44,7 +44,7 @@ def fold_motion_lora(
         raise UserError(
             f"{path.name} holds {'a LoRA for the image model' if 'lora' in ' '.join(tensors) else 'no motion LoRA'}",
             allowed="a motion LoRA for AnimateDiff, such as v2_lora_ZoomIn.ckpt",
-            do="choose another file with --motion-lora",
+            do="choose another file with --motion-lora; LoRAs for the image model are given with --concept",
         )
     linears = {name: module for name, module in motion.named_modules() if isinstance(module, nn.Linear)}
     pairs = _pairs(tensors, linears, path)
