@@ -158,5 +158,5 @@ def _not_motion(path: Path, found: str) -> UserError:
     return UserError(
         f"{path.name} holds {found}",
         allowed="motion modules for Stable Diffusion 1.x: AnimateDiff v1, v2, v3, Lightning, or AnimateLCM",
-        do="choose another file with --motion; motion LoRAs are given with --motion-lora, LoRAs for images with --concept",
+        do="choose another file with --motion; motion LoRAs go to --motion-lora, LoRAs for images to --concept",
     )

@@ -224,7 +224,7 @@ HOTSHOT = "down_blocks.0.temporal_attentions.0.transformer_blocks.0.attention_bl
 STEM = "down_blocks.0.motion_modules.0.temporal_transformer"
 OTHER_KINDS: dict[str, Any] = {
     "a motion LoRA": lambda: official_lora(make_adapter("v2")),
-    r"the domain adapter of AnimateDiff v3[\s\S]*LoRAs for images with --concept": domain_adapter,
+    r"the domain adapter of AnimateDiff v3[\s\S]*LoRAs for images to --concept": domain_adapter,
     "motion modules for SDXL": lambda: official(make_adapter("sdxl")),
     "HotshotXL": lambda: {HOTSHOT: torch.ones(1, 8, 320)},
     "PIA": lambda: {**official(make_adapter("v3")), "conv_in.weight": torch.ones(32, 9, 3, 3)},
