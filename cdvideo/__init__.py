@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdvideo.base.loader import Base, load_base
-    from cdvideo.concept.file import Concept, load_concept
+    from cdvideo.concept.concept import Concept
+    from cdvideo.concept.file import load_concept
     from cdvideo.concept.trainer import train_concept
     from cdvideo.config import load_config
     from cdvideo.errors import UserError
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Base": "base.loader",
-    "Concept": "concept.file",
+    "Concept": "concept.concept",
     "UserError": "errors",
     "VideoUNet": "motion.video_unet",
     "compile_prompts": "sampling.prompt_kv",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cdvideo.base.loader import Base
-    from cdvideo.concept.file import Concept
+    from cdvideo.concept.concept import Concept
     from cdvideo.concept.trainer import Sampler
 
 logger = logging.getLogger(__name__)

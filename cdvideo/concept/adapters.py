@@ -29,7 +29,7 @@ from cdvideo.concept.lora import layers_in_place, lora_factors, lora_layers, lor
 from cdvideo.concept.losses import anchor_loss
 
 if TYPE_CHECKING:
-    from cdvideo.concept.file import Concept
+    from cdvideo.concept.concept import Concept
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import tuned, tuned_text
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 
 START, REST = "<start>", "<rest>"  # beside the words: the first position, and the text's end with the padding
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.attention_maps import START, attention_maps, word_positions
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.drift_file import DRIFT_FILE, ConceptDrift, DriftRecord, load_drift, save_drift
-from cdvideo.concept.file import Concept
 from cdvideo.concept.phrases import HELD_OUT_PHRASES, fill
 from cdvideo.concept.semantic import phrase_features
 

@@ -16,8 +16,6 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,59 +27,16 @@ from torch import Tensor
 from cdvideo.base.loader import TINY_BASE, Base
 from cdvideo.base.text import find_tokens
 from cdvideo.concept.adapters import unfit_weights
+from cdvideo.concept.concept import FORMAT_VERSION, Concept, ConceptMetadata
 from cdvideo.concept.config import CONCEPT_FILE
 from cdvideo.errors import UserError
 from cdvideo.runs import atomic_path
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
 SAMPLE_CONCEPT = TINY_BASE / "sample_concept.safetensors"
 PREVIEW_BYTES = 20_000
 _ALLOWED = "a whole concept file, as scripts/train_concept.py writes it"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConceptMetadata:
-    """Where a concept came from."""
-
-    class_words: dict[str, str]  # token -> class word
-    initialiser: str
-    base_name: str
-    base_hash: str
-    resolution: int  # pixels
-    prediction_type: str
-    steps: int
-    lr: float
-    token_lr: float
-    seed: int
-    loss_weights: dict[str, float]  # loss -> weight
-    sample_prompt: str
-    preview: str = ""  # a PNG in base64
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
-    adapter: str = "kv"  # as AdapterConfig.kind
-    adapter_settings: dict[str, str | int | float | bool] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One learned concept: rows_KD for each token, and what its adapter learned, by its names in the file."""
-
-    tokens: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    metadata: ConceptMetadata
-
-
-def library_versions() -> dict[str, str]:
-    """The libraries whose arithmetic made a concept."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
-
-
-def public_base_name(name: str) -> str:
-    """A base's name without the folders above it, which are nobody's business: /home/me/sd15 is sd15."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_dir() else name
 
 
 def png_preview(image: Image.Image) -> str:

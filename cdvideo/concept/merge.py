@@ -11,7 +11,7 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.lora import lora_paths
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
 from cdvideo.errors import UserError

@@ -22,17 +22,11 @@ from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
+from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig, OptimConfig
 from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
 from cdvideo.concept.drift import DriftMeter
-from cdvideo.concept.file import (
-    Concept,
-    ConceptMetadata,
-    frozen_copy,
-    png_preview,
-    public_base_name,
-    save_concept,
-)
+from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norm, initial_rows
 from cdvideo.concept.losses import denoising_loss, output_preservation_loss
 from cdvideo.concept.phrases import fill

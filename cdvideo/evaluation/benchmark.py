@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from cdvideo.base.loader import Base, load_base
+from cdvideo.concept.concept import library_versions
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.drift import ATTENTION_EVERY, TEXT_EVERY
-from cdvideo.concept.file import library_versions
 from cdvideo.concept.trainer import train_concept
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.evaluation.benchmark_config import TrainingStepConfig

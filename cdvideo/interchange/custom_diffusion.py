@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import changed_parameters, delta_name
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.kv import kv_projections
 from cdvideo.errors import UserError
 from cdvideo.interchange.files import Foreign

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import is_vocabulary_word
+from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
 from cdvideo.concept.config import CONCEPT_FILE
-from cdvideo.concept.file import Concept, ConceptMetadata, load_concept, public_base_name
+from cdvideo.concept.file import load_concept
 from cdvideo.concept.merge import merge_concepts, weighted
 from cdvideo.errors import UserError
 from cdvideo.interchange.custom_diffusion import adapter_kind, read_custom_diffusion, read_delta

@@ -15,7 +15,7 @@ from cdvideo.interchange.config import ConvertConfig
 from cdvideo.runs import require_writable
 
 if TYPE_CHECKING:
-    from cdvideo.concept.file import Concept
+    from cdvideo.concept.concept import Concept
 
 CONVERTED = Path("runs/converted")
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
-from cdvideo.concept.file import Concept, frozen_copy, save_concept
+from cdvideo.concept.concept import Concept
+from cdvideo.concept.file import frozen_copy, save_concept
 from cdvideo.errors import UserError
 from cdvideo.interchange.custom_diffusion import custom_diffusion_tensors
 from cdvideo.interchange.lora import (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from cdvideo.base.loader import Base
-    from cdvideo.concept.file import Concept
+    from cdvideo.concept.concept import Concept
     from cdvideo.media.export import Metadata
     from cdvideo.motion.modules import MotionModules
 

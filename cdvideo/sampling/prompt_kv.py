@@ -21,7 +21,7 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import tuned, tuned_text
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 
 
 @dataclass(frozen=True)

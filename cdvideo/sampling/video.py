@@ -11,7 +11,7 @@ from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import SamplerName, make_scheduler
 from cdvideo.concept.adapters import tuned
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
 from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size

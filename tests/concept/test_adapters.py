@@ -19,8 +19,9 @@ from cdvideo.concept.adapters import (
     tuned,
     unfit_weights,
 )
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import AdapterConfig, ConceptConfig
-from cdvideo.concept.file import Concept, frozen_copy
+from cdvideo.concept.file import frozen_copy
 from cdvideo.concept.lora import lora_layers, merged_weight
 from cdvideo.concept.trainer import new_concept
 from cdvideo.errors import UserError

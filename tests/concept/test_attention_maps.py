@@ -10,8 +10,8 @@ from transformers import CLIPTokenizer
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import changed_parameters, make_adapter
 from cdvideo.concept.attention_maps import REST, START, attention_maps, attention_mass, word_positions
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import AdapterConfig, ConceptConfig
-from cdvideo.concept.file import Concept
 from cdvideo.concept.trainer import new_concept
 
 PROMPT = "a sks dog wearing headphones"

@@ -11,10 +11,10 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.attention_maps import REST, START
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.drift import DriftMeter, class_features, cosines_to_centre
 from cdvideo.concept.drift_file import DRIFT_FILE, load_drift
-from cdvideo.concept.file import Concept
 from cdvideo.concept.kv import initial_rows
 from cdvideo.concept.phrases import HELD_OUT_PHRASES, fill
 from cdvideo.concept.semantic import phrase_features

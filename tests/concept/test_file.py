@@ -18,15 +18,14 @@ from safetensors.torch import save_file
 from cdvideo.base.loader import Base
 from cdvideo.concept import file as concept_file
 from cdvideo.concept.adapters import make_adapter
+from cdvideo.concept.concept import Concept, public_base_name
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.file import (
     PREVIEW_BYTES,
-    Concept,
     find_concept,
     frozen_copy,
     load_concept,
     png_preview,
-    public_base_name,
     read_metadata,
     save_concept,
 )

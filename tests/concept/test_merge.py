@@ -10,8 +10,9 @@ import torch
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, text_changes, unfit_weights
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import AdapterConfig, ConceptConfig
-from cdvideo.concept.file import Concept, frozen_copy
+from cdvideo.concept.file import frozen_copy
 from cdvideo.concept.merge import constrained_merge, merge_concepts, weighted
 from cdvideo.concept.trainer import new_concept
 from cdvideo.errors import UserError

@@ -16,10 +16,11 @@ from cdvideo.base.loader import Base
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import make_adapter, tuned
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import ConceptConfig, SubjectConfig
 from cdvideo.concept.data import cache_latents
 from cdvideo.concept.drift_file import DRIFT_FILE, load_drift
-from cdvideo.concept.file import Concept, frozen_copy, load_concept
+from cdvideo.concept.file import frozen_copy, load_concept
 from cdvideo.concept.losses import denoising_loss
 from cdvideo.concept.state import STATE_FILE
 from cdvideo.concept.trainer import new_concept, train_concept

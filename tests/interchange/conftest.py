@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from cdvideo.base.loader import Base, load_base
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.sampling.image import sample_images
 from tests.interchange.parts import NEGATIVE, PROMPT, peer_parts
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import make_scheduler
 from cdvideo.concept.adapters import make_adapter
+from cdvideo.concept.concept import Concept, ConceptMetadata
 from cdvideo.concept.config import AdapterConfig
-from cdvideo.concept.file import Concept, ConceptMetadata, frozen_copy
+from cdvideo.concept.file import frozen_copy
 from cdvideo.sampling.denoise import draw_noise
 
 PROMPT, NEGATIVE = "a photo of the sks dog surfing", "snow"

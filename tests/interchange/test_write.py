@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cdvideo.base.loader import Base, load_base
-from cdvideo.concept.file import SAMPLE_CONCEPT, Concept, load_concept
+from cdvideo.concept.concept import Concept
+from cdvideo.concept.file import SAMPLE_CONCEPT, load_concept
 from cdvideo.errors import UserError
 from cdvideo.interchange import write
 from cdvideo.interchange.load import load_adapters

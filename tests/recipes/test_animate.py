@@ -17,7 +17,8 @@ from PIL import Image
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
-from cdvideo.concept.file import Concept, ConceptMetadata, save_concept
+from cdvideo.concept.concept import Concept, ConceptMetadata
+from cdvideo.concept.file import save_concept
 from cdvideo.concept.kv import kv_projections
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.file import Concept, ConceptMetadata
+from cdvideo.concept.concept import Concept, ConceptMetadata
 from cdvideo.concept.kv import kv_projections
 from cdvideo.motion.modules import MotionModules
 

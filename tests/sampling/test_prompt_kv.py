@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.kv import kv_projections
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet

@@ -10,7 +10,7 @@ import torch
 
 from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.image import sample_images

@@ -9,8 +9,8 @@ import torch
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import changed_parameters, make_adapter
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import AdapterConfig
-from cdvideo.concept.file import Concept
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import sample_video

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.file import Concept
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.phrases import fill
 from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.figures import Figure, mean

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from cdvideo.base.loader import Base, load_base
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
-from cdvideo.concept.file import Concept, load_concept
+from cdvideo.concept.file import load_concept
 from cdvideo.concept.trainer import train_concept
 from cdvideo.config import to_yaml
 from cdvideo.device import pick_device, pick_dtype

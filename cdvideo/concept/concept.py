@@ -1,0 +1,54 @@
+"""What a concept is: the rows of its tokens, what its adapter learned, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptMetadata:
+    """Where a concept came from."""
+
+    class_words: dict[str, str]  # token -> class word
+    initialiser: str
+    base_name: str
+    base_hash: str
+    resolution: int  # pixels
+    prediction_type: str
+    steps: int
+    lr: float
+    token_lr: float
+    seed: int
+    loss_weights: dict[str, float]  # loss -> weight
+    sample_prompt: str
+    preview: str = ""  # a PNG in base64
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    adapter: str = "kv"  # as AdapterConfig.kind
+    adapter_settings: dict[str, str | int | float | bool] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One learned concept: rows_KD for each token, and what its adapter learned, by its names in the file."""
+
+    tokens: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    metadata: ConceptMetadata
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries whose arithmetic made a concept."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+def public_base_name(name: str) -> str:
+    """A base's name without the folders above it, which are nobody's business: /home/me/sd15 is sd15."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else name
