@@ -300,7 +300,9 @@ def test_motion_loras_fold_into_the_weights(tmp_path: Path, file: str) -> None:
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert len(changed) == len(lora) // 2 == 21 * 2 * 4
     assert f"matched {len(lora)}/{len(lora)}" in said[0]
-    assert torch.equal(torch.load(tmp_path / "mm.ckpt")[OFFICIAL[4]], official(adapter)[OFFICIAL[4]]), "the file stays"
+    assert torch.equal(
+        torch.load(tmp_path / "mm.ckpt", weights_only=True)[OFFICIAL[4]], official(adapter)[OFFICIAL[4]]
+    ), "the file stays"
 
 
 def _add_stranger(lora: dict[str, Tensor]) -> dict[str, Tensor]:
