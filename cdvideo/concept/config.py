@@ -133,6 +133,10 @@ class PreserveConfig:
     output_weight: float = 0.0
     """How much it counts that the tuned UNet predicts for the class prompt what the base does, on the concept's own
     noisy latents (differential output preservation). Needs no pictures; a second pass, and one without gradients."""
+    background_weight: float = 0.0
+    """With data.focus=subject: how much it counts that around the subject the tuned UNet predicts what the base does
+    for the class prompt. Without it nothing is learned there, and what was learned of the subject runs over. One pass
+    without gradients."""
     anchor_weight: float = 0.0
     """How much the squared norm of the weights' change counts, relative to that of the base's weights. 1% of change is
     1e-4 here, so weights of 10 and more are felt."""
@@ -143,7 +147,7 @@ class PreserveConfig:
         check(
             *(
                 (getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
-                for name in ("prior_weight", "output_weight", "anchor_weight")
+                for name in ("prior_weight", "output_weight", "background_weight", "anchor_weight")
             ),
             (self.prior_images >= 1, f"prior_images={self.prior_images}: must be at least 1"),
         )
@@ -275,6 +279,11 @@ class ConceptConfig:
             (self.seed >= 0, f"seed={self.seed}: must not be negative"),
             (self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: must be at least 1"),
             (
+                self.data.focus == "subject" or not self.preserve.background_weight,
+                f"preserve.background_weight={self.preserve.background_weight:g}: needs data.focus=subject, which says "
+                "where the background is",
+            ),
+            (
                 self.adapter.kind != "token" or self.preserve.output_weight == self.preserve.anchor_weight == 0,
                 "preserve.output_weight, preserve.anchor_weight: must be 0 with adapter.kind=token, which leaves the "
                 "UNet as it is",
@@ -300,6 +309,6 @@ class ConceptConfig:
     def loss_weights(self) -> dict[str, float]:
         """What each term of the loss counts, by its name in the log; terms that count nothing are not computed."""
         preserve = self.preserve
-        weights = {"prior": preserve.prior_weight, "output": preserve.output_weight, "anchor": preserve.anchor_weight}
-        weights = {"semantic": self.semantic.weight, **weights}
+        names = ("prior", "output", "background", "anchor")
+        weights = {"semantic": self.semantic.weight, **{name: getattr(preserve, f"{name}_weight") for name in names}}
         return {"denoise": 1.0, **{name: weight for name, weight in weights.items() if weight > 0}}

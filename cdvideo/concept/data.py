@@ -72,17 +72,21 @@ def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Rando
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is shown: latents_BCHW, masks_B1HW, and for each a prompt, and the same prompt of the class alone."""
+    """What a step is shown: latents_BCHW, and for each a prompt, and the same prompt of the class alone.
+
+    masks_B1HW: 1 where the picture is to be learned; around_B1HW: 1 where it only surrounds the subject.
+    """
 
     latents_BCHW: Tensor
     masks_B1HW: Tensor
+    around_B1HW: Tensor
     prompts: list[str]
     class_prompts: list[str]
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """All variants of one subject as latents: latents_NCHW, masks_N1HW at the latents' resolution, each one's size.
+    """All variants of one subject as latents: latents_NCHW, masks_N1HW and around_N1HW in their cells, each one's size.
 
     `phrase` and `class_phrase` name the subject in prompts ("sks dog", "dog").
     """
@@ -91,6 +95,7 @@ class LatentCache:
     class_phrase: str
     latents_NCHW: Tensor
     masks_N1HW: Tensor
+    around_N1HW: Tensor
     sizes: tuple[Size, ...]
     templates: tuple[str, ...]
 
@@ -103,7 +108,8 @@ class LatentCache:
         ]
         picks = picks.to(self.latents_NCHW.device)
         prompts, class_prompts = ([fill(t, phrase) for t in templates] for phrase in (self.phrase, self.class_phrase))
-        return Batch(self.latents_NCHW[picks], self.masks_N1HW[picks], prompts, class_prompts)
+        masks_B1HW, around_B1HW = self.masks_N1HW[picks], self.around_N1HW[picks]
+        return Batch(self.latents_NCHW[picks], masks_B1HW, around_B1HW, prompts, class_prompts)
 
     def _template(self, size: Size, template: str) -> str:
         return (CLOSE_UP if size == "large" else template) + (FAR_AWAY if size == "small" else "")
@@ -120,6 +126,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(
         torch.cat([batch.latents_BCHW for batch in batches]),
         torch.cat([batch.masks_B1HW for batch in batches]),
+        torch.cat([batch.around_B1HW for batch in batches]),
         [prompt for batch in batches for prompt in batch.prompts],
         [prompt for batch in batches for prompt in batch.class_prompts],
     )
@@ -148,11 +155,13 @@ def cache_latents(
     bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
     latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
     latents_NCHW = torch.cat(latents)
-    masks_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
+    pasted_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
+    masks_N1HW = pasted_N1HW
     if config.focus == "subject":
-        masks_N1HW *= subject_masks(base, latents_NCHW, fill("a picture of a {}", class_phrase), seed=seed)
+        masks_N1HW = pasted_N1HW * subject_masks(base, latents_NCHW, fill("a picture of a {}", class_phrase), seed=seed)
+    around_N1HW = pasted_N1HW - masks_N1HW
     sizes, templates = tuple(v.size for v in variants), training_prompts(config.style)
-    return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, sizes, templates)
+    return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, around_N1HW, sizes, templates)
 
 
 MASK_DRAWS = 4  # of noise

@@ -72,6 +72,21 @@ def output_preservation_loss(prediction_BCHW: Tensor, base_prediction_BCHW: Tens
     return F.mse_loss(prediction_BCHW.float(), base_prediction_BCHW.detach().float())
 
 
+def background_loss(prediction_BCHW: Tensor, base_prediction_BCHW: Tensor, around_B1HW: Tensor) -> Tensor:
+    """Squared error of the tuned UNet's prediction to the base's around the subject, a mean per picture, then of all.
+
+    The complement of a masked denoising loss: what surrounds the thing in its pictures is not learned, and the base's
+    own idea of it is kept, as differential output preservation keeps that of whole class pictures.
+
+    Args:
+        prediction_BCHW: For the concept's prompt.
+        base_prediction_BCHW: For the class prompt, without the adapter, on the same noisy latents.
+        around_B1HW: 1 around the subject, 0 on it; a picture may have nothing around it.
+    """
+    error_B1HW = (prediction_BCHW.float() - base_prediction_BCHW.detach().float()).square().mean(dim=1, keepdim=True)
+    return ((error_B1HW * around_B1HW).sum(dim=(1, 2, 3)) / around_B1HW.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
+
+
 def anchor_loss(changes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The squared norm of the changes of all weights, relative to that of the base's own weights.
 

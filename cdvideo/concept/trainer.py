@@ -28,7 +28,7 @@ from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norm, initial_rows
-from cdvideo.concept.losses import denoising_loss, output_preservation_loss
+from cdvideo.concept.losses import background_loss, denoising_loss, output_preservation_loss
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
 from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
@@ -118,7 +118,7 @@ def train_concept(
             noisy_BCHW = add_noise(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
             target_BCHW = training_target(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
             of_class = noisy_BCHW[:size], timesteps_B[:size], batch.class_prompts[:size]
-            if preserve.output_weight:
+            if preserve.output_weight or preserve.background_weight:
                 with torch.no_grad():
                     base_prediction_BCHW = predict(*of_class)
 
@@ -134,6 +134,9 @@ def train_concept(
                     losses["prior"] = denoising_loss(prediction_BCHW[size:], target_BCHW[size:], masks_B1HW[size:])
                 if preserve.output_weight:
                     losses["output"] = output_preservation_loss(predict(*of_class), base_prediction_BCHW)
+                if preserve.background_weight:
+                    around_B1HW = batch.around_B1HW[:size]
+                    losses["background"] = background_loss(prediction_BCHW[:size], base_prediction_BCHW, around_B1HW)
                 loss = torch.stack([loss_weights[name] * value for name, value in losses.items()]).sum()
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

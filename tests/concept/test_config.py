@@ -81,6 +81,7 @@ def test_a_class_of_several_words_makes_one_phrase() -> None:
         (["adapter.kind=lora", "adapter.keys=locked"], "keys=locked"),
         (["adapter.kind=token", "adapter.train_rows=false"], "train_rows=false"),
         (["adapter.kind=token", "preserve.output_weight=1"], r"preserve\.output_weight"),
+        (["preserve.background_weight=1"], r"preserve\.background_weight=1: needs data\.focus=subject"),
         (["semantic.variant=released", "semantic.form=relation"], "form=relation"),
     ],
 )

@@ -128,9 +128,11 @@ def test_the_embedded_base_sees_where_its_subject_stands() -> None:
 
 def test_focus_only_takes_away_from_where_the_loss_counts(tiny_base: Base) -> None:
     pictures = [Picture(name="0.png", image=half_red())]
-    whole, subject = (
-        cache_latents(tiny_base, pictures, DataConfig(variants=4, focus=focus), **NAMES, seed=0, quiet=True).masks_N1HW
+    caches = [
+        cache_latents(tiny_base, pictures, DataConfig(variants=4, focus=focus), **NAMES, seed=0, quiet=True)
         for focus in ("picture", "subject")
-    )
+    ]
+    whole, subject = (cache.masks_N1HW for cache in caches)
+    assert not caches[0].around_N1HW.any() and torch.equal(caches[1].around_N1HW, whole - subject)
     assert set(subject.unique().tolist()) <= {0.0, 1.0}
     assert (subject <= whole).all() and (subject.sum(dim=(1, 2, 3)) > 0).all()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from cdvideo.concept.losses import (
     anchor_loss,
+    background_loss,
     denoising_loss,
     output_preservation_loss,
     semantic_preservation_loss,
@@ -99,3 +100,12 @@ def test_the_anchor_is_relative_to_the_base() -> None:
     changes = [0.1 * weight for weight in weights]
     assert anchor_loss(changes, weights).item() == pytest.approx(0.01)
     assert anchor_loss([10 * c for c in changes], [10 * w for w in weights]).item() == pytest.approx(0.01)
+
+
+def test_background_loss_counts_only_around_the_subject() -> None:
+    base_BCHW = torch.zeros(2, 3, 4, 4)
+    prediction_BCHW = torch.full((2, 3, 4, 4), 2.0)
+    around_B1HW = torch.zeros(2, 1, 4, 4)
+    around_B1HW[0, :, 0] = 1
+    prediction_BCHW[0, :, 1:] = 100.0  # on the subject
+    assert background_loss(prediction_BCHW, base_BCHW, around_B1HW).item() == pytest.approx((4 + 0) / 2)

@@ -321,6 +321,15 @@ def test_runs_of_one_seed_see_the_same_batches_whatever_their_losses(
     assert len(set(first)) == 1
 
 
+def test_what_surrounds_the_subject_has_a_term_of_its_own(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
+) -> None:
+    groups: dict[str, Any] = {"preserve": {"background_weight": 1.0}, "data": {"focus": "subject"}}
+    _, metrics = train_with(tiny_base, pictures, changed(config, **groups), tmp_path)
+    losses = [line["loss_background"] for line in metrics if "loss_background" in line]
+    assert len(losses) == config.steps
+
+
 @pytest.mark.parametrize("kind", ["kv", "unet", "lora"])
 def test_the_output_for_the_class_is_kept(
     tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, kind: str
