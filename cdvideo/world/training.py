@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,19 @@ class Stage:
         line = {"step": self.step, "seconds": round(self.seconds, 1), **values}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def facts(self) -> dict[str, str | int | float]:
+        """How long and on what it was trained, for the record that goes with the weights."""
+        device = self.generator.device
+        return {
+            "steps": self.step,
+            "of": self.total,
+            "batch": self.loop.batch,
+            "seconds": round(self.seconds, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
 
     @property
     def wants_samples(self) -> bool:

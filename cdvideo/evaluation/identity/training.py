@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +126,8 @@ def finish(
         "seed": config.seed,
         "individuals": 2 * config.pairs,
         "views": config.views,
-        "steps": stage.step,
-        "of": stage.total,
-        "batch": config.loop.batch,
-        "seconds": round(stage.seconds, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": config.dtype,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **stage.facts(),
         "vae_in_training": config.vae is not None,
     }
     facts |= measure(shipped, config, sprites, device)

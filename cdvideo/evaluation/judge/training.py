@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -93,14 +91,8 @@ def finish(
         "bytes": file.stat().st_size,
         "seed": config.seed,
         "scenes": config.scenes,
-        "steps": stage.step,
-        "of": stage.total,
-        "batch": config.loop.batch,
-        "seconds": round(stage.seconds, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": config.dtype,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **stage.facts(),
         "vae_in_training": config.vae is not None,
         "temperature": dict(zip(HEADS, (round(float(t), 4) for t in shipped.temperature_H), strict=True)),
         "renders": measure(shipped, images_NHWC[half:], labels_NH[half:]),
