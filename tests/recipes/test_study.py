@@ -73,9 +73,10 @@ def test_a_study_from_the_command_line(flags: list[str], tmp_path: Path, capsys:
     right = [float(row["composition"]) for row in last]
     assert 100 * sum(right) / 16 == pytest.approx(results["tables"]["report on"]["spl"]["composition"]["value"])
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("data:image/webp") == 2 * (5 + 4 * 6)
-    assert page.count("data:image/svg+xml") == 3 + 2 + 2 * 2
+    assert page.count("data:image/webp") == 2 * (5 + 4 * 6) + 2 * 2  # and the class, before and after two methods
+    assert page.count("data:image/svg+xml") == 3 + 2 + 2 * (1 + 2 * 2)
     assert "Text space, robot" in page and "Attention, plain, dog" in page
+    assert "a dog, before and after spl learned the dog" in page and "Where each word is read, spl, robot" in page
     assert "class pull" in table["spl"] and "class pull" not in table["base"]
     assert page.count("<td>spl</td>") == 3 * 3
     svg = (tmp_path / "out" / "pareto-report-on.svg").read_text()

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.phrases import fill
 from cdvideo.evaluation.drawing import Pictures
-from cdvideo.evaluation.figures import Figure, mean
 from cdvideo.media.images import contact_sheet
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import to_uint8
@@ -41,28 +39,6 @@ def draw_class(
         for part in parts
     ]
     return np.concatenate([to_uint8(pixels_BCHW) for pixels_BCHW in drawn])
-
-
-def class_pull(
-    before_BD: NDArray[np.floating], after_BD: NDArray[np.floating], pictures_ND: NDArray[np.floating], *, encoder: str
-) -> Figure:
-    """How much nearer to the concept's pictures the class's samples came: 0 where the class was left alone.
-
-    The mean over seeds of mean_n cos(after, picture_n) - mean_n cos(before, picture_n).
-
-    Args:
-        before_BD: Features of `draw_class` without the concept.
-        after_BD: With it, from the same seeds.
-        pictures_ND: Of the pictures that the concept was learned from.
-        encoder: The name of what made the features.
-    """
-    assert before_BD.shape == after_BD.shape, f"{len(before_BD)} samples before, {len(after_BD)} after"
-    before_BD, after_BD, pictures_ND = (
-        features / np.linalg.norm(features, axis=1, keepdims=True) for features in (before_BD, after_BD, pictures_ND)
-    )
-    pull_B = ((after_BD - before_BD) @ pictures_ND.T).mean(axis=1)
-    of = f"seeds of the class prompt, features of {encoder}"
-    return mean(pull_B, part="drift", name="class samples nearer to the concept", unit="cosine", of=of)
 
 
 def before_and_after(before_BHWC: Pictures, after_BHWC: Pictures, seeds: Sequence[int], *, title: str) -> Image.Image:

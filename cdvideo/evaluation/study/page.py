@@ -69,6 +69,9 @@ def render_page(results: StudyResults, plots: Mapping[str, bytes]) -> str:
             body += [f"<h2>{title}</h2>", plot_image(plots[name], title)]
     for title, svg in results.drift.items():
         body += [f"<h3>{escape(title)}</h3>", plot_image(svg, title)]
+    if results.classes:
+        body.append("<h2>The class itself, asked for without the token</h2>")
+        body += [image(still(np.asarray(sheet)), title, "plot") for title, sheet in results.classes.items()]
     chosen = (
         f"Nothing was picked: the seed chooses the prompts. What was trained is asked for as {TOKEN} and the class "
         "word. Where the outline is green the judge finds all."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.figures import Figure
@@ -46,7 +47,8 @@ class StudyResults:
 
     tables and films: half -> method -> metric. kinds: half -> method -> kind of prompt: composition. against and
     films_against: half -> method -> "<metric> / <other method>": ratio of means. checkpoints: method -> step -> metric,
-    the last step included. references: each concept's own pictures. drift: plots by title, as SVG.
+    the last step included. references: each concept's own pictures. drift: plots by title, as SVG. classes: pictures
+    of the class before and after, by title.
     """
 
     config: StudyConfig
@@ -59,6 +61,7 @@ class StudyResults:
     films: dict[str, Table] = field(default_factory=dict)
     films_against: dict[str, Table] = field(default_factory=dict)
     drift: dict[str, bytes] = field(default_factory=dict)
+    classes: dict[str, Image.Image] = field(default_factory=dict)
     checkpoints: dict[str, dict[int, dict[str, Figure]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cdvideo.evaluation.figures import Figure
 from cdvideo.evaluation.study.config import StudyConfig
-from cdvideo.evaluation.study.drift import class_pull, drift_plots
+from cdvideo.evaluation.study.drift import class_pull, class_sheets, drift_plots
 from cdvideo.evaluation.study.pieces import StudyBench, open_study, pieces, score, train
 from cdvideo.evaluation.study.results import HALVES, Measured, StudyResults, picture_rows, summarise
 from cdvideo.runs import atomic_path
@@ -40,6 +40,8 @@ def run_study(config: StudyConfig) -> StudyResults:
             measured.append(Measured(piece, folder, file, scores))
     results = StudyResults(config, measured, describe(bench, measured), bench.pictures)
     results.drift = drift_plots(bench, measured)
+    if "identity" in bench.instruments.likeness:
+        results.classes = class_sheets(bench, measured)
     summarise(results)
     write_results(results)
     return results

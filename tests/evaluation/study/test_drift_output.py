@@ -1,26 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.trainer import new_concept
-from cdvideo.evaluation.study.drift_output import before_and_after, class_pull, draw_class
-
-
-def test_pull_is_the_gain_in_cosine() -> None:
-    before_BD, after_BD = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[0.0, 3.0], [0.0, 1.0]])
-    figure = class_pull(before_BD, after_BD, np.array([[0.0, 4.0]]), encoder="two numbers")
-    assert figure.value == pytest.approx(0.5)  # 1 for the first, nothing for the second
-    assert figure.n == 2 and "two numbers" in figure.of
-    assert figure.interval is not None and figure.interval[0] <= 0.5 <= figure.interval[1]
-
-
-def test_a_class_left_alone_is_not_pulled() -> None:
-    features_BD = np.random.default_rng(0).normal(size=(5, 8))
-    assert class_pull(features_BD, features_BD, features_BD[:2], encoder="noise").value == 0
+from cdvideo.evaluation.study.drift_output import before_and_after, draw_class
 
 
 def test_class_samples_have_the_same_noise(tiny_base: Base) -> None:
