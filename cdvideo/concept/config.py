@@ -36,9 +36,10 @@ class DataConfig:
     Custom Diffusion takes 0.33."""
     largest_scale: float = 1.3
     """The largest size; what stands over the edge is cut off."""
-    focus: Literal["picture", "subject"] = "picture"
-    """Where the loss counts: on the whole picture, or only where the base itself sees the class, so that what stands
-    around the thing is not learned as a part of it. Asks the base once, before training; no masks are needed."""
+    focus: Literal["picture", "subject"] = "subject"
+    """Where the loss counts: on the whole picture, as in the papers, or only where the base itself sees the class, so
+    that what stands around the thing is not learned as a part of it. Asks the base once, before training; no masks
+    are needed."""
 
     def __post_init__(self) -> None:
         check(
@@ -123,7 +124,7 @@ class SemanticConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreserveConfig:
-    """What keeps the UNet, which SPL does not see, and the rows near the base. All off by default; 0 costs nothing."""
+    """What keeps the UNet, which SPL does not see, and the rows near the base. What is 0 costs nothing."""
 
     prior_weight: float = 0.0
     """How much pictures of the class that the base drew itself count; beside the concept's pictures, as many of them
@@ -133,10 +134,10 @@ class PreserveConfig:
     output_weight: float = 0.0
     """How much it counts that the tuned UNet predicts for the class prompt what the base does, on the concept's own
     noisy latents (differential output preservation). Needs no pictures; a second pass, and one without gradients."""
-    background_weight: float = 0.0
+    background_weight: float = 1.0
     """With data.focus=subject: how much it counts that around the subject the tuned UNet predicts what the base does
-    for the class prompt. Without it nothing is learned there, and what was learned of the subject runs over. One pass
-    without gradients."""
+    for the class prompt. Without it nothing holds there, and what was learned of the subject runs over. One pass
+    without gradients, a third more time."""
     anchor_weight: float = 0.0
     """How much the squared norm of the weights' change counts, relative to that of the base's weights. 1% of change is
     1e-4 here, so weights of 10 and more are felt."""
@@ -281,7 +282,7 @@ class ConceptConfig:
             (
                 self.data.focus == "subject" or not self.preserve.background_weight,
                 f"preserve.background_weight={self.preserve.background_weight:g}: needs data.focus=subject, which says "
-                "where the background is",
+                "where the background is; with data.focus=picture set it to 0",
             ),
             (
                 self.adapter.kind != "token" or self.preserve.output_weight == self.preserve.anchor_weight == 0,

@@ -81,7 +81,7 @@ def test_a_class_of_several_words_makes_one_phrase() -> None:
         (["adapter.kind=lora", "adapter.keys=locked"], "keys=locked"),
         (["adapter.kind=token", "adapter.train_rows=false"], "train_rows=false"),
         (["adapter.kind=token", "preserve.output_weight=1"], r"preserve\.output_weight"),
-        (["preserve.background_weight=1"], r"preserve\.background_weight=1: needs data\.focus=subject"),
+        (["data.focus=picture"], r"preserve\.background_weight=1: needs data\.focus=subject"),
         (["semantic.variant=released", "semantic.form=relation"], "form=relation"),
     ],
 )
@@ -98,4 +98,4 @@ def test_several_subjects_have_their_own_names() -> None:
 
 def test_only_what_counts_is_a_term_of_the_loss() -> None:
     config = load_config(ConceptConfig, overrides=["semantic.weight=0", "preserve.anchor_weight=3"])
-    assert config.loss_weights == {"denoise": 1.0, "anchor": 3.0}
+    assert config.loss_weights == {"denoise": 1.0, "background": 1.0, "anchor": 3.0}

@@ -11,6 +11,7 @@ from cdvideo.config import check, load_config
 from cdvideo.world.heldout import HELDOUT_INDIVIDUALS
 
 TOKEN = "sks"
+PLAIN = ("data.focus=picture", "preserve.background_weight=0")  # the whole picture, as in the papers
 # What the study itself says of every training.
 TAKEN = ("images", "token", "class_word", "base", "seed", "out", "device", "dtype", "sample", "others")
 
@@ -77,8 +78,9 @@ class StudyConfig:
     """key=value for every training (concept/config.py)."""
     methods: tuple[MethodConfig, ...] = (
         MethodConfig(name="base, class word", source="base"),
-        MethodConfig(name="Custom Diffusion", settings=("semantic.weight=0",)),
-        MethodConfig(name="ClassDiffusion", settings=("semantic.weight=1",)),
+        MethodConfig(name="Custom Diffusion", settings=("semantic.weight=0", *PLAIN)),
+        MethodConfig(name="ClassDiffusion", settings=PLAIN),
+        MethodConfig(name="ours"),
     )
     against: str = "Custom Diffusion"
     """The method that the others are compared with, pair by pair; empty compares with none."""
