@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from cdvideo.base.checkpoint import read_tensors
 from cdvideo.errors import UserError
 from cdvideo.motion.checkpoints import as_trained, read_motion_file
 from cdvideo.motion.config import MotionConfig, NormMode
@@ -139,14 +139,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             allowed=f"a folder with {WEIGHTS_FILE}",
             do="save the motion modules as safetensors there",
         )
-    try:
-        return load_file(files[0])
-    except SafetensorError as error:
-        raise UserError(
-            f"{files[0]} can not be read ({error})",
-            allowed="a whole safetensors file",
-            do="fetch or train the motion modules again",
-        ) from error
+    return read_tensors(files[0])
 
 
 def _check_weights(weights: Mapping[str, Tensor], motion: MotionModules, path: Path) -> int:
