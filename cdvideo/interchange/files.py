@@ -14,24 +14,28 @@ from cdvideo.errors import UserError
 
 OWN = "cdvideo concept"
 KOHYA = "kohya LoRA"
+LYCORIS = "LyCORIS"
 DIFFUSERS = "diffusers LoRA"
 PEFT = "PEFT LoRA"
 TEXTUAL_INVERSION = "textual inversion"
 CUSTOM_DIFFUSION = "Custom Diffusion"
 DELTA = "Custom Diffusion delta"
-READABLE = "a cdvideo concept, a kohya, diffusers or PEFT LoRA, a textual inversion, or a Custom Diffusion file"
+READABLE = (
+    "a cdvideo concept, a kohya, LyCORIS, diffusers or PEFT LoRA, a textual inversion, or a Custom Diffusion file"
+)
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
 # What keys of other files contain, and what such files are.
 _OTHER_KINDS = {
-    "hada_w1": "a LoHa of LyCORIS",
-    "lokr_w": "a LoKr of LyCORIS",
     "oft_": "an OFT adapter",
+    ".on_input": "an (IA)^3 of LyCORIS",
+    ".a1.weight": "a GLoRA of LyCORIS",
     "model.diffusion_model.": "a whole image model, or a part of one in its first layout",
     "ip_adapter.": "an IP-Adapter",
     "control_model.": "a ControlNet",
 }
+_LYCORIS_PARTS = (".hada_w", ".lokr_w", ".diff", ".w_norm")
 _SDXL_KEYS = ("lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
 
 
@@ -92,7 +96,7 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     if any("custom_diffusion" in key for key in keys):
         return CUSTOM_DIFFUSION
     if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_")) for key in keys):
-        return KOHYA
+        return LYCORIS if any(_is_of_lycoris(key, content[key]) for key in content) else KOHYA
     if any(part in key for key in keys for part in _LORA_PARTS):
         return PEFT if all(key.startswith(_PEFT_PREFIX) for key in keys) else DIFFUSERS
     if keys and all(_is_word(key, content[key]) for key in content):
@@ -101,6 +105,11 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     raise UserError(
         f"{path} is none of the files that can be read: it holds {found}", allowed=READABLE, do="look inside"
     )
+
+
+def _is_of_lycoris(key: str, tensor: Any) -> bool:
+    """Whether an entry of kohya's names is more than a LoRA: DoRA's magnitudes of the inputs are, too."""
+    return any(part in key for part in _LYCORIS_PARTS) or (key.endswith(".dora_scale") and len(tensor) == 1)
 
 
 def _is_word(key: Any, rows: Any) -> bool:
