@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -100,9 +101,9 @@ def test_a_reader_that_goes_ends_the_script_without_a_word() -> None:
     for lines in (200_000, 1):
         code = "import sys, cdvideo.cli as cli\n"
         code += f"sys.exit(cli.run_main(lambda argv: [print('line') for _ in range({lines})] and None, []))"
-        script = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=buffered, **pipes)
         assert script.stdout is not None and script.stderr is not None
         script.stdout.close()
         assert script.stderr.read() == b""
