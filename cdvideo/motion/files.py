@@ -27,7 +27,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Ours alone. diffusers passes over config keys that start with an underscore, in silence.
-_OWN_FIELDS = ("norm_mode", "beta_schedule", "timestep_spacing", "joint_image_norms", "trained_for")
+_OWN_FIELDS = ("norm_mode", "beta_schedule", "timestep_spacing", "sampler", "steps", "guidance")
+_OWN_FIELDS += ("joint_image_norms", "trained_for")
 
 
 def save_motion(motion: MotionModules, folder: Path) -> None:
@@ -91,6 +92,8 @@ def _settings(config: MotionConfig) -> str:
     parts = [f"up to {config.motion_max_seq_length} frames", f"betas {config.beta_schedule or 'as the base has them'}"]
     if config.timestep_spacing:
         parts.append(f"{config.timestep_spacing} steps")
+    if config.sampler:
+        parts.append(f"made for {config.steps} steps of {config.sampler} with guidance {config.guidance:g}")
     parts.append(f"GroupNorm {'over each frame' if config.norm_mode == 'original' else 'over all frames'}")
     if config.joint_image_norms:
         parts.append("the image model's over all frames")
@@ -122,7 +125,7 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
     config = MotionConfig(**given)
     if any(f"_{name}" in raw for name in _OWN_FIELDS):
         return "motion modules", config
-    return as_trained(config)
+    return as_trained(config, file_name=folder.name)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -16,16 +16,9 @@ from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.lora import fold_motion_lora
 from cdvideo.motion.modules import position_table
 from cdvideo.motion.video_unet import VideoUNet
+from tests.motion.animatediff_names import WIDTHS, make_adapter, official, official_lora
 
 CPU = torch.device("cpu")
-WIDTHS = (32, 64, 64, 64)  # Stable Diffusion 1.x has 320, 640, 1280, 1280
-SHAPES: dict[str, dict[str, Any]] = {
-    "v1": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
-    "v2": {"motion_max_seq_length": 32, "use_motion_mid_block": True},
-    "v3": {"motion_max_seq_length": 32, "use_motion_mid_block": False},
-    "sdxl": {"motion_max_seq_length": 32, "use_motion_mid_block": False, "block_out_channels": WIDTHS[:3]},
-}
-
 # As mm_sd_v15_v2.ckpt names them: what a motion module has, and modules of each kind of block.
 OFFICIAL = """
 down_blocks.0.motion_modules.0.temporal_transformer.norm.weight
@@ -50,44 +43,6 @@ down_blocks.3.motion_modules.1.temporal_transformer.proj_out.bias
 up_blocks.3.motion_modules.2.temporal_transformer.proj_out.bias
 mid_block.motion_modules.0.temporal_transformer.norm.weight
 """.split()
-
-
-def make_adapter(version: str) -> MotionAdapter:
-    torch.manual_seed(0)
-    adapter = MotionAdapter(**{"block_out_channels": WIDTHS, "motion_num_attention_heads": 8, **SHAPES[version]})
-    for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return adapter
-
-
-def official(adapter: MotionAdapter) -> dict[str, Tensor]:
-    """The adapter's weights under AnimateDiff's own names."""
-    weights: dict[str, Tensor] = {}
-    for key, tensor in adapter.state_dict().items():
-        place, _, rest = key.partition(".motion_modules.")
-        number, _, rest = rest.partition(".")
-        for new, old in [("attn1.", "attention_blocks.0."), ("attn2.", "attention_blocks.1."), ("norm3.", "ff_norm.")]:
-            rest = rest.replace(f".{new}", f".{old}")
-        rest = rest.replace(".norm1.", ".norms.0.").replace(".norm2.", ".norms.1.")
-        name = f"{place}.motion_modules.{number}.temporal_transformer.{rest}"
-        if name.endswith("pos_embed.pe"):
-            stem = name.removesuffix("pos_embed.pe")
-            weights |= {f"{stem}attention_blocks.{i}.pos_encoder.pe": tensor.clone() for i in (0, 1)}
-        else:
-            weights[name] = tensor
-    return weights
-
-
-def official_lora(adapter: MotionAdapter, rank: int = 2) -> dict[str, Tensor]:
-    """A motion LoRA under the names of v2_lora_ZoomIn.ckpt."""
-    lora = {}
-    for key, tensor in official(adapter).items():
-        stem, projection, _ = key.partition(".to_")
-        if projection and key.endswith("weight"):
-            name = f"{stem}.processor.to_{key.partition('.to_')[2].split('.')[0]}_lora"
-            lora[f"{name}.down.weight"] = torch.randn(rank, tensor.shape[1])
-            lora[f"{name}.up.weight"] = torch.randn(tensor.shape[0], rank)
-    return lora
 
 
 def assert_equals(motion: torch.nn.Module, adapter: MotionAdapter) -> None:
