@@ -27,8 +27,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Ours alone. diffusers passes over config keys that start with an underscore, in silence.
-_OWN_FIELDS = ("norm_mode", "beta_schedule", "timestep_spacing", "sampler", "steps", "guidance")
-_OWN_FIELDS += ("joint_image_norms", "trained_for")
+_OWN_FIELDS = (
+    *("norm_mode", "beta_schedule", "timestep_spacing", "sampler", "steps", "guidance"),
+    *("joint_image_norms", "trained_for"),
+)
 
 
 def save_motion(motion: MotionModules, folder: Path) -> None:
