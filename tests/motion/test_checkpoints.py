@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -119,6 +120,7 @@ def test_versions_are_told_by_their_keys(
     assert said in reports[0]
     assert (motion.max_frames, config.joint_image_norms, config.norm_mode) == (frames, joint, "original")
     assert config.schedule["beta_schedule"] == "linear" and config.schedule.get("timestep_spacing") == spacing
+    assert ("made for 4 steps of euler with guidance 1" in reports[0]) == (spacing is not None)
 
 
 def test_lightning_in_diffusers_keys(tmp_path: Path) -> None:
@@ -159,6 +161,38 @@ def test_a_file_gives_the_film_that_the_folder_gives(tmp_path: Path, image_unet:
     films = [VideoUNet(image_unet, load_motion(path, device=CPU))(latents_BFCHW, 10, text_BLD) for path in paths]
     assert torch.equal(*films)
     assert films[0].std() > 0.01
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [
+        ("v1", "mm_sd_v15.ckpt"),
+        ("v2", "mm_sd_v15_v2.ckpt"),
+        ("v3", "v3_sd15_mm.ckpt"),
+        ("v2", "animatediff_lightning_4step_comfyui.safetensors"),
+        ("v2", "AnimateLCM_sd15_t2v.ckpt"),
+    ],
+)
+@torch.no_grad()
+def test_every_file_is_what_diffusers_makes_of_its_weights(
+    tmp_path: Path, image_unet: UNet2DConditionModel, version: str, file: str
+) -> None:
+    """Against UNetMotionModel, whose GroupNorms are the motion modules' joint and the image model's per frame."""
+    adapter = make_adapter(version)
+    weights = official(adapter)
+    if "LCM" in file:
+        weights = {name: tensor for name, tensor in weights.items() if "pos_encoder" not in name}
+    motion = load_motion(write(tmp_path / file, weights), device=CPU, norm_mode="diffusers")
+    motion.config = replace(motion.config, joint_image_norms=False)
+    latents_BFCHW, text_BLD = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5, 24)
+    ours = VideoUNet(image_unet, motion)(latents_BFCHW, 10, text_BLD)
+    peer = UNetMotionModel.from_unet2d(image_unet, adapter).eval()
+    text_NLD = text_BLD.repeat_interleave(3, dim=0)
+    theirs = peer(latents_BFCHW.transpose(1, 2), 10, text_NLD).sample.transpose(1, 2)
+    still = image_unet(latents_BFCHW.flatten(0, 1), 10, text_NLD).sample.unflatten(0, (1, 3))
+    assert (ours - still).abs().max() > 1e-2, "motion has an effect"
+    assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_the_whole_unet_that_animatediffs_training_saves(tmp_path: Path, image_unet: UNet2DConditionModel) -> None:
