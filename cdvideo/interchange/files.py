@@ -97,6 +97,12 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
         return CUSTOM_DIFFUSION
     if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_")) for key in keys):
         return LYCORIS if any(_is_of_lycoris(key, content[key]) for key in content) else KOHYA
+    if found := next((key for key in keys if ".hada_w" in key or ".lokr_w" in key), None):
+        raise UserError(
+            f"{path} is a LoHa or LoKr in other names than kohya's: it holds {found}",
+            allowed="LyCORIS in kohya's names, lora_unet_...",
+            do="save it from LyCORIS, not from PEFT",
+        )
     if any(part in key for key in keys for part in _LORA_PARTS):
         return PEFT if all(key.startswith(_PEFT_PREFIX) for key in keys) else DIFFUSERS
     if keys and all(_is_word(key, content[key]) for key in content):

@@ -59,6 +59,7 @@ MOTION = "down_blocks.0.motion_modules.0.temporal_transformer"
         ({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, "SDXL"),
         ({"lora_te2_text_model_x.alpha": torch.ones(1)}, "SDXL"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(1, 1)}, "SDXL"),
+        ({"base_model.model.conv_in.hada_w1_a": torch.ones(1, 1)}, "a LoHa or LoKr in other names than kohya's"),
         ({"lora_unet_conv_in.oft_blocks": torch.ones(1, 1)}, "OFT"),
         ({"lora_unet_conv_in.on_input": torch.ones(1), "lora_unet_conv_in.weight": torch.ones(1)}, "IA"),
         ({"lora_unet_conv_in.a1.weight": torch.ones(1, 1)}, "GLoRA"),
