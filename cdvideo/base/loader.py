@@ -27,6 +27,25 @@ TINY_BASE = Path(__file__).parent / "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 HASHED_PARTS = ("unet", "text_encoder", "vae")
 
+# What is read of each part: neither variants (fp16, non_ema), nor the same weights as pickles, ONNX, Flax or OpenVINO.
+_CONFIGS = (
+    "*config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHTS = tuple(
+    f"{stem}{ending}"
+    for stem in ("diffusion_pytorch_model", "model")
+    for ending in (".safetensors", "-?????-of-?????.safetensors")
+)
+HUB_FILES = (
+    "model_index.json",
+    *(f"{part}/{name}" for part in PARTS for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")),
+)
+
 
 @dataclass
 class Base:
@@ -162,7 +181,7 @@ def _find_base(name: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=[f"{part}/*" for part in PARTS] + ["model_index.json"]))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     raise UserError(
         f"base {name!r}: no such folder or file",
         allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model'",
@@ -172,6 +191,8 @@ def _find_base(name: str) -> Path:
 
 def weights_hash(path: Path) -> str:
     """16 hex digits of the SHA-256 over the weight files of UNet, text encoder and VAE, names included.
+
+    Only files that are read: variants beside them (fp16) do not matter.
 
     Of a single file it is the SHA-256 of its bytes, whose first digits the web interfaces show as the model's hash.
 
@@ -183,11 +204,11 @@ def weights_hash(path: Path) -> str:
         _digest_file(digest, path)
         return digest.hexdigest()[:16]
     for part in HASHED_PARTS:
-        files = sorted((path / part).glob("*.safetensors"))
+        files = sorted(file for pattern in _WEIGHTS for file in (path / part).glob(pattern))
         if not files:
             raise UserError(
                 f"{path / part} holds no .safetensors weights",
-                allowed="weights in safetensors files (no pickle)",
+                allowed="weights in safetensors files (no pickle, no variant), named as diffusers names them",
                 do="convert the base to safetensors, or give another --base",
             )
         for file in files:

@@ -15,6 +15,7 @@ from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
+from cdvideo.sampling.sampler import described, settled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=_report(config))
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
+    made_for = None if motion is None else motion.config
+    config = settled(config, made_for)
+    _report(config)(described(config, made_for))
 
     for seed in range(config.seed, config.seed + config.num_videos):
         settings = {**_settings(config, base, concept_name), "seed": seed}
@@ -73,9 +77,14 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what is to be avoided")
     parser.add_argument("--frames", type=int, metavar="N", help="length of the film (16)")
     parser.add_argument("--fps", type=float, metavar="N", help="frames in a second (8)")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the prompt; 1 is off (5)")
-    parser.add_argument("--scheduler", choices=["ddim", "dpm++"], help="the sampler (ddim)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25, or as the motion modules ask)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="how closely to follow the prompt; 1 is off (5, or as the motion modules ask)",
+    )
+    parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")

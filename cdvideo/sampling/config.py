@@ -24,13 +24,15 @@ class AnimateConfig:
     """Length of the film in frames; the motion modules say how many they reach (the embedded ones 32)."""
     fps: float = 8.0
     """Frames shown in a second."""
-    steps: int = 25
-    """Denoising steps. More is finer and slower."""
-    guidance: float = 5.0
+    steps: int | None = None
+    """Denoising steps. More is finer and slower; null is 25, or what the motion modules were distilled for."""
+    guidance: float | None = None
     """Scale of classifier-free guidance: higher follows the prompt more closely, 1 switches it off. On the embedded
-    base things worn get lost below 4, and colours run over above 7."""
-    scheduler: Literal["ddim", "dpm++"] = "ddim"
-    """The sampler: DDIM, or DPM-Solver++, which needs fewer steps."""
+    base things worn get lost below 4, and colours run over above 7. Null is 5, or what the motion modules were
+    distilled for."""
+    scheduler: Literal["auto", "ddim", "dpm++", "euler", "lcm"] = "auto"
+    """The sampler: DDIM; DPM-Solver++, which needs fewer steps; `euler` and `lcm`, which AnimateDiff-Lightning and
+    AnimateLCM were distilled for. `auto` is DDIM, or what the motion modules were distilled for."""
     seed: int = 0
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1
@@ -68,8 +70,11 @@ class AnimateConfig:
             (self.frames >= 1, f"frames={self.frames}: must be at least 1"),
             (0.1 <= self.fps <= 60, f"fps={self.fps:g}: must be from 0.1 to 60"),
             ("gif" not in self.formats or self.fps <= 50, f"fps={self.fps:g}: a gif shows at most 50 frames a second"),
-            (1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
-            (1 <= self.guidance <= 30, f"guidance={self.guidance:g}: must be from 1 (off) to 30"),
+            (self.steps is None or 1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
+            (
+                self.guidance is None or 1 <= self.guidance <= 30,
+                f"guidance={self.guidance}: must be from 1 (off) to 30",
+            ),
             (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),

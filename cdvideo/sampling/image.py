@@ -50,7 +50,7 @@ def sample_images(
         latents_BCHW = denoise(
             predict,
             noise_BCHW.to(base.device),
-            make_scheduler(base.scheduler_config, scheduler),
+            make_scheduler(base.scheduler_config, scheduler, seeds=seeds),
             steps=steps,
             guidance=guidance,
             progress=progress,

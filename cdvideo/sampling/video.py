@@ -60,7 +60,7 @@ def sample_video(
         latents_BFCHW = denoise(
             predict,
             noise_BFCHW.to(base.device),
-            make_scheduler({**base.scheduler_config, **motion.config.schedule}, scheduler),
+            make_scheduler({**base.scheduler_config, **motion.config.schedule}, scheduler, seeds=[seed]),
             steps=steps,
             guidance=guidance,
             progress=progress,
