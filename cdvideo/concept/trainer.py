@@ -24,7 +24,7 @@ from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
 from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig, OptimConfig
-from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
+from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined, picture_side
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norm, initial_rows
@@ -70,7 +70,8 @@ def train_concept(
         The concept, exactly as its file holds it.
 
     Raises:
-        UserError: When the loss is no longer finite, or the state does not belong to these settings and pictures.
+        UserError: When the loss is no longer finite, the state does not belong to these settings and pictures, or the
+            base can not draw at the resolution.
         KeyboardInterrupt: After Ctrl-C, once the step has ended and the state is written.
     """
     assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
@@ -200,7 +201,7 @@ def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
         initialiser=starts[config.token],
         base_name=public_base_name(base.name),
         base_hash=base.hash,
-        resolution=base.resolution,
+        resolution=picture_side(base, config.resolution),
         prediction_type=base.scheduler_config["prediction_type"],
         steps=config.steps,
         lr=config.optim.lr,
@@ -224,6 +225,7 @@ def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, qu
             phrase=phrase,
             class_phrase=config.class_words[token],
             seed=config.seed,
+            resolution=config.resolution,
             quiet=quiet,
         )
         for token, phrase in config.phrases.items()
@@ -241,7 +243,16 @@ def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: b
             do="draw them with cdvideo.sampling.prior.prior_pictures, or set preserve.prior_weight=0",
         )
     return [
-        cache_latents(base, prior[word], plain, phrase=word, class_phrase=word, seed=config.seed, quiet=quiet)
+        cache_latents(
+            base,
+            prior[word],
+            plain,
+            phrase=word,
+            class_phrase=word,
+            seed=config.seed,
+            resolution=config.resolution,
+            quiet=quiet,
+        )
         for word in dict.fromkeys(config.class_words.values())
     ]
 

@@ -30,6 +30,7 @@ def test_every_config_file_loads_and_comes_back_equal(file: Path, tmp_path: Path
         "token=7up",
         "class_word= ",
         "class_word=big sks",
+        "resolution=63",
         "steps=0",
         "seed=-1",
         "checkpoint_every=0",
