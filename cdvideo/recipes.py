@@ -58,12 +58,14 @@ def train_concept_main(argv: Sequence[str]) -> None:
 
     from cdvideo.base.loader import load_base
     from cdvideo.concept.data import picture_side
+    from cdvideo.concept.optimizer import check_optimizer
     from cdvideo.concept.trainer import train_concept
     from cdvideo.concept.words import check_token, warn_of_unknown_words
     from cdvideo.device import pick_device, pick_dtype
     from cdvideo.sampling.prior import prior_pictures
 
     device = pick_device(config.device)
+    check_optimizer(config.optim, device)
     report = logger.info if args.quiet else print
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=report)
     picture_side(base, config.resolution)

@@ -168,6 +168,9 @@ class OptimConfig:
     steps leave their own noise in K and V; smaller ones average it away, and pictures come out cleaner. 0: constant."""
     weight_decay: float = 0.01
     """Pulls the change of the UNet's weights towards zero, that is towards the base. The rows are never decayed."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps the optimizer's state in 8 bits instead of 32, with bitsandbytes, on CUDA: 6 bytes less for
+    every weight that is learned. That is little for K and V, and 5 GB for `adapter.kind=unet` on Stable Diffusion 1."""
     grad_clip: float = 1.0
     """The largest norm of the gradient of all that is learned."""
     gradient_checkpointing: bool = False

@@ -56,6 +56,7 @@ def test_every_config_file_loads_and_comes_back_equal(file: Path, tmp_path: Path
         "others=[{images: photos, token: two words, class_word: cat}]",
         "others=[{images: photos, token: SKS, class_word: cat}]",
         "optim.batch_size=0",
+        "optim.optimizer=sgd",
         "optim.lr=0",
         "optim.token_lr=-1",
         "optim.weight_decay=-1",

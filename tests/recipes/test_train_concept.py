@@ -96,6 +96,7 @@ def test_quiet_prints_nothing(flags: list[str], capfd: pytest.CaptureFixture[str
         (["optim.lr=fast", "semantics.weight=1"], "2 faults in the settings"),
         (["--device", "abacus"], "device 'abacus'"),
         (["resolution=100"], "resolution=100"),
+        (["--device", "cpu", "optim.optimizer=adamw8bit"], "optim.optimizer=adamw8bit on cpu"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--resume"], "to resume"),
     ],
