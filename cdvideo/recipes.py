@@ -67,7 +67,8 @@ def train_concept_main(argv: Sequence[str]) -> None:
     device = pick_device(config.device)
     check_optimizer(config.optim, device)
     report = logger.info if args.quiet else print
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=report)
+    dtype = pick_dtype(config.dtype, device)
+    base = load_base(config.base, device=device, dtype=dtype, resting=("vae",), report=report)
     picture_side(base, config.resolution)
     for token, class_word in config.class_words.items():
         check_token(base.tokenizer, token)

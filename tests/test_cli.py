@@ -120,7 +120,7 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
     "animate.py": "--base --concept --format --fps --frames --guidance --motion --motion-lora --negative-prompt "
-    "--num-videos --prompt --scheduler --steps --still",
+    "--num-videos --offload --prompt --scheduler --steps --still",
     "benchmark.py training-step": "--base --pairs",
     "convert.py": "--base --class-word --inspect --rank --to --token",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",

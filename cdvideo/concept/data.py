@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import add_noise, make_scheduler
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.config import DataConfig
@@ -175,7 +176,8 @@ def cache_latents(
         for number in range(config.variants)
     ]
     bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
-    latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
+    with at_work(base.device, base.vae):
+        latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
     latents_NCHW = torch.cat(latents)
     pasted_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
     masks_N1HW = pasted_N1HW
