@@ -122,6 +122,7 @@ FLAGS = {
     "animate.py": "--base --concept --format --fps --frames --guidance --motion --motion-lora --negative-prompt "
     "--num-videos --offload --prompt --scheduler --steps --still",
     "benchmark.py training-step": "--base --pairs",
+    "benchmark.py memory": "--base --frames --offload --resolution --steps",
     "convert.py": "--base --class-word --inspect --rank --to --token",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",
     "evaluate.py study": "--base --cache --identity --json --judge --sprites",

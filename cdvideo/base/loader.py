@@ -73,7 +73,7 @@ def load_base(
         UserError: no such path, a part of it is missing or of another kind than Stable Diffusion's, or a weight has no
             place.
     """
-    path = _find_base(name)
+    path = find_base(name)
     if path.is_dir():
         _check_folder(path, name)
     base_hash = weights_hash(path)
@@ -158,7 +158,7 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CL
     return text_encoder
 
 
-def _find_base(name: str) -> Path:
+def find_base(name: str) -> Path:
     if name == "tiny":
         return TINY_BASE
     path = Path(name).expanduser()
