@@ -14,6 +14,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_tensors
-from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, count, unet_config, vae_config
+from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, UNET, VAE, count, unet_config, vae_config
 from cdvideo.base.loader import PARTS, Base, find_base
 from cdvideo.base.single_file import load_clip_tokenizer
 
@@ -106,18 +107,21 @@ def base_from_configs(name: str, *, device: torch.device = META, dtype: torch.dt
     """
     path = find_base(name)
     if path.is_dir():
-        if not all((path / part).is_dir() for part in PARTS) or (path / "text_encoder_2").is_dir():
+        whole = all((path / part / "config.json").is_file() for part in PARTS[:3])
+        if not whole or (path / "text_encoder_2").is_dir():
             return None
         shapes = {part: json.loads((path / part / "config.json").read_text()) for part in PARTS[:3]}
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
         scheduler = dict(DDIMScheduler.load_config(path, subfolder="scheduler"))
     else:
         tensors = read_tensors(path)  # mapped, not read
-        if not any(name.startswith((CLIP, OPEN_CLIP)) for name in tensors):
+        if not all(any(name.startswith(part) for name in tensors) for part in (UNET, VAE, (CLIP, OPEN_CLIP))):
             return None
         shapes = {"unet": unet_config(tensors), "vae": vae_config(tensors), "text_encoder": _text_shape(tensors)}
         tokenizer, scheduler = load_clip_tokenizer(pad_token="<|endoftext|>"), {**SCHEDULER}
     tiny = shapes["vae"].get("_class_name") == "AutoencoderTiny"
+    if tiny:  # it writes this into its config, and warns of it when it reads it
+        shapes["vae"].pop("block_out_channels", None)
     with device:
         unet = UNet2DConditionModel.from_config(shapes["unet"])
         vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(shapes["vae"])
@@ -156,6 +160,12 @@ def _text_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def _bytes_on_disk(path: Path) -> int:
+    """Of a base's file, or of its folder's weights."""
+    files = [path] if path.is_file() else [file for part in PARTS for file in (path / part).glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free for the taking: the GPU's, or the computer's."""
     if device.type == "cuda":
@@ -171,8 +181,9 @@ def total(needs: Needs) -> int:
 
 
 def advise(
-    base: Base | None,
+    name: str,
     device: torch.device,
+    dtype: torch.dtype,
     needs: Callable[[Base], Needs],
     cures: Callable[[Base], Iterator[tuple[str, Needs]]],
     *,
@@ -183,12 +194,16 @@ def advise(
     Where the weights are less than a thirtieth of what is free, nothing is reckoned and nothing told.
 
     Args:
-        base: On the meta device; without one nothing is told either.
+        name: Of the base, as in `load_base`.
+        needs: What is needed with a base that is on the meta device.
         cures: Settings that take less, each on top of those before it, and what is needed with all of them. Asked only
             where it does not fit, and only until it does.
     """
     free = free_bytes(device)
-    if base is None or ROOMY * weight_bytes(base.unet, base.vae, base.text_encoder) < free:
+    if ROOMY * _bytes_on_disk(find_base(name)) < free:
+        return True
+    base = base_from_configs(name, dtype=dtype)
+    if base is None:
         return True
     of_phases = needs(base)
     needed, most = total(of_phases), max(of_phases, key=of_phases.__getitem__)

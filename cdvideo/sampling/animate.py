@@ -42,10 +42,21 @@ def main(argv: Sequence[str]) -> None:
     require_writable(config.out)
 
     from cdvideo.base.loader import HASHED_PARTS, load_base
+    from cdvideo.base.memory import advise
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.memory import film_cures, film_needs
 
     device = pick_device(config.device)
     dtype, resting = pick_dtype(config.dtype, device), HASHED_PARTS if config.offload else ()
+    on_gpu = device.type == "cuda"
+    advise(
+        config.base,
+        device,
+        dtype,
+        needs=lambda base: film_needs(base, config, offload=on_gpu and config.offload),
+        cures=lambda base: film_cures(base, config, on_gpu=on_gpu),
+        report=_report(config),
+    )
     base = load_base(config.base, device=device, dtype=dtype, resting=resting, report=_report(config))
     if config.vae_tiling:
         base.vae.enable_tiling()
