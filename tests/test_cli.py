@@ -141,8 +141,9 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
     "animate.py": "--base --concept --format --fps --frames --guidance --motion --motion-lora --negative-prompt "
-    "--num-videos --prompt --scheduler --steps --still",
+    "--num-videos --offload --prompt --scheduler --steps --still",
     "benchmark.py training-step": "--base --pairs",
+    "benchmark.py memory": "--base --frames --offload --resolution --steps",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",
     "evaluate.py study": "--base --cache --identity --json --judge --sprites",
     "evaluate.py train-identity": "--minutes --sprites --vae",

@@ -76,6 +76,7 @@ def load_base(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    resting: Collection[str] = (),
     report: Callable[[str], object] = logger.info,
 ) -> Base:
     """Load a base by name.
@@ -83,13 +84,15 @@ def load_base(
     Args:
         name: "tiny" (the embedded base), a local folder in diffusers' layout, a .safetensors or .ckpt file of Stable
             Diffusion 1.x or 2.x, or a hub id "owner/model"; only a hub id ever touches the network.
+        resting: those of "unet", "vae" and "text_encoder" that stay in RAM, to be on the device only while they work
+            (base/offload.py); on the CPU it makes no difference.
         report: is told in a line what was found, how many tensors found their place, the prediction and the schedule.
 
     Raises:
         UserError: no such path, a part of it is missing or of another kind than Stable Diffusion's, or a weight has no
             place.
     """
-    path = _find_base(name)
+    path = find_base(name)
     if path.is_dir():
         _check_folder(path, name)
     base_hash = weights_hash(path)
@@ -107,8 +110,10 @@ def load_base(
         device=device,
         dtype=dtype,
     )
-    for module in (base.unet, base.vae, base.text_encoder):
-        module.to(device).eval().requires_grad_(False)
+    assert {*resting} <= {*HASHED_PARTS}, f"no such parts: {resting}"
+    for part in HASHED_PARTS:
+        home = torch.device("cpu") if part in resting else device
+        getattr(base, part).to(home).eval().requires_grad_(False)
     matched = ", ".join(f"{part} {number}/{number}" for part, number in parts.matched.items())
     prediction, betas = (parts.scheduler_config.get(key) for key in ("prediction_type", "beta_schedule"))
     report(f"base {name}: {parts.found}; matched {matched}; predicts {prediction}, betas {betas}, hash {base_hash}")
@@ -172,7 +177,7 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CL
     return text_encoder
 
 
-def _find_base(name: str) -> Path:
+def find_base(name: str) -> Path:
     if name == "tiny":
         return TINY_BASE
     path = Path(name).expanduser()

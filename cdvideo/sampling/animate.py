@@ -42,11 +42,25 @@ def main(argv: Sequence[str]) -> None:
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
 
-    from cdvideo.base.loader import load_base
+    from cdvideo.base.loader import HASHED_PARTS, load_base
+    from cdvideo.base.memory import advise
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.memory import film_cures, film_needs
 
     device = pick_device(config.device)
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=_report(config))
+    dtype, resting = pick_dtype(config.dtype, device), HASHED_PARTS if config.offload else ()
+    on_gpu = device.type == "cuda"
+    advise(
+        config.base,
+        device,
+        dtype,
+        needs=lambda base: film_needs(base, config, offload=on_gpu and config.offload),
+        cures=lambda base: film_cures(base, config, on_gpu=on_gpu),
+        report=_report(config),
+    )
+    base = load_base(config.base, device=device, dtype=dtype, resting=resting, report=_report(config))
+    if config.vae_tiling:
+        base.vae.enable_tiling()
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
     made_for = None if motion is None else motion.config
@@ -87,6 +101,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
+    parser.add_argument("--offload", action="store_true", help="keep in RAM what is not at work: less GPU memory")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument(
         "--concept",
@@ -106,6 +121,7 @@ def _parser() -> ArgumentParser:
 
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
     """The concept and the name to show for it, as the settings and the prompt ask."""
+    from cdvideo.base.offload import at_work
     from cdvideo.base.text import find_tokens
     from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept
     from cdvideo.interchange.load import load_adapters
@@ -117,7 +133,8 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
         return None, None
     if files == ((SAMPLE_CONCEPT, 1.0),):
         print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-    concept = load_adapters(base, files, report=_report(config))
+    with at_work(base.device, base.unet, base.text_encoder):  # several concepts are merged by what these make of them
+        concept = load_adapters(base, files, report=_report(config))
     if concept.tokens and not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)
         logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
@@ -140,6 +157,8 @@ def _report(config: AnimateConfig) -> Callable[[str], object]:
 
 
 def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
+    import torch
+
     from cdvideo.motion.files import load_motion
     from cdvideo.motion.lora import fold_motion_lora
 
@@ -150,7 +169,8 @@ def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
             allowed="a base with a folder `motion`, or motion modules in a folder or file of their own",
             do="name motion modules that fit this base with --motion, or ask for a picture with --still",
         )
-    motion = load_motion(path, device=base.device, dtype=base.dtype, report=_report(config))
+    home = torch.device("cpu") if config.offload else base.device
+    motion = load_motion(path, device=home, dtype=base.dtype, report=_report(config))
     trained_for = motion.config.trained_for
     if trained_for is not None and trained_for != base.hash:
         logger.warning("the motion modules in %s were trained for a base with other weights", path.name)
@@ -185,6 +205,7 @@ def _sample(
         "scheduler": config.scheduler,
         "width": config.width,
         "height": config.height,
+        "decode_chunk": config.decode_chunk,
         "progress": not config.quiet,
     }
     if motion is None:
@@ -212,7 +233,7 @@ def _settings(
     config: AnimateConfig, base: Base, concept_name: str | None
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
-    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "motion_lora", "concept")
+    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "motion_lora", "concept", "offload")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
     loras = ", ".join(f"{path.name}:{strength:g}" for path, strength in motion_loras(config.motion_lora))

@@ -44,6 +44,14 @@ class AnimateConfig:
     width: int | None = None
     height: int | None = None
     """Size in pixels that the model draws at; null is the base's own."""
+    offload: bool = False
+    """Keep in RAM what is not at work: text encoder, then UNet and motion modules, then VAE come to the GPU one after
+    the other. The same film, in less GPU memory and some seconds more."""
+    decode_chunk: int = 4
+    """Frames that the VAE decodes at once: fewer take less memory."""
+    vae_tiling: bool = False
+    """Decode pictures larger than the VAE was made for (512 pixels for Stable Diffusion 1) in overlapping tiles: less
+    memory, and colours may differ a little from tile to tile."""
     watch_size: int = 384
     """Smaller pictures are enlarged by a whole factor until their short side has this many pixels; 0 leaves them."""
     base: str = "tiny"
@@ -78,6 +86,7 @@ class AnimateConfig:
             (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
+            (self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk}: must be at least 1"),
             *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
             (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
             *check_files(self.concept_files),

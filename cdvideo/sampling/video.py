@@ -7,8 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import decode_latents
+from cdvideo.base.latents import DECODE_CHUNK, decode_latents
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import SamplerName, make_scheduler
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
@@ -16,8 +17,6 @@ from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
 from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size
 from cdvideo.sampling.prompt_kv import compile_prompts, reading
-
-DECODE_CHUNK = 4  # frames decoded at once: what bounds the memory of decoding, whatever the film's length
 
 
 @torch.inference_mode()
@@ -35,13 +34,15 @@ def sample_video(
     scheduler: SamplerName = "ddim",
     width: int | None = None,
     height: int | None = None,
+    decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """One film. The same seed gives the same bytes on the same machine.
 
     Args:
-        motion: on the base's device, in its dtype.
+        motion: on the base's device or resting in RAM (base/offload.py), in the base's dtype.
         width, height: in pixels; None is the base's own resolution.
+        decode_chunk: frames that the VAE decodes at once.
 
     Returns:
         frames_FHWC: RGB.
@@ -56,7 +57,7 @@ def sample_video(
     def predict(latents_BFCHW: Tensor, timestep: Tensor) -> Tensor:
         return video_unet(latents_BFCHW.to(base.dtype), timestep, None).float()
 
-    with tuned(base.unet, concept), reading(base.unet, compiled):
+    with at_work(base.device, base.unet, motion), tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BFCHW = denoise(
             predict,
             noise_BFCHW.to(base.device),
@@ -65,16 +66,18 @@ def sample_video(
             guidance=guidance,
             progress=progress,
         )
-    return decode_frames(base, latents_BFCHW[0])
+    return decode_frames(base, latents_BFCHW[0], chunk=decode_chunk)
 
 
-def decode_frames(base: Base, latents_FCHW: Tensor) -> npt.NDArray[np.uint8]:
+def decode_frames(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> npt.NDArray[np.uint8]:
     """Decodes a film a few frames at a time; only uint8 frames are kept.
 
     Returns:
         frames_FHWC
     """
-    return np.concatenate([to_uint8(decode_latents(base.vae, part)) for part in latents_FCHW.split(DECODE_CHUNK)])
+    with at_work(base.device, base.vae):
+        parts = [to_uint8(decode_latents(base.vae, part, chunk=chunk)) for part in latents_FCHW.split(chunk)]
+    return np.concatenate(parts)
 
 
 def to_uint8(pixels_BCHW: Tensor) -> npt.NDArray[np.uint8]:
