@@ -121,6 +121,9 @@ COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
     "animate.py": "--base --concept --format --fps --frames --guidance --motion --motion-lora --negative-prompt "
     "--num-videos --prompt --scheduler --steps --still",
+    "benchmark.py decode": "--base --frames --height --pairs --width",
+    "benchmark.py length": "--base --height --pairs --steps --width",
+    "benchmark.py sampler": "--base --frames --height --pairs --peak-tflops --peers --speed --steps --width",
     "benchmark.py training-step": "--base --pairs",
     "convert.py": "--base --class-word --inspect --rank --to --token",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",
