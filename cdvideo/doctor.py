@@ -223,10 +223,13 @@ def _xformers_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     return memory_efficient_attention(*(tensor.transpose(1, 2).contiguous() for tensor in (q, k, v))).transpose(1, 2)
 
 
+_FORMATS = {".mp4": "imageio-ffmpeg", ".webm": "imageio-ffmpeg", ".gif": "pillow", ".webp": "pillow"}
+
+
 def codecs() -> Iterator[Finding]:
     """Writes a film in each format and reads it back."""
     with tempfile.TemporaryDirectory() as folder:
-        for suffix, packages_of in ((".mp4", "imageio-ffmpeg"), (".gif", "pillow"), (".webp", "pillow")):
+        for suffix, packages_of in _FORMATS.items():
             film = Path(folder) / f"film{suffix}"
             mend = f"pip install --force-reinstall imageio {packages_of}"
             yield tried("codecs", suffix[1:], partial(write_and_read, film), mend=mend)
@@ -249,7 +252,7 @@ def write_and_read(path: Path) -> str:
 
     frames_FHWC = np.repeat(np.arange(20, 244, 28, dtype=np.uint8), 64 * 64 * 3).reshape(8, 64, 64, 3)
     write_video(frames_FHWC, path, fps=8, metadata={})
-    plugin = "FFMPEG" if path.suffix == ".mp4" else "pillow"
+    plugin = "FFMPEG" if _FORMATS[path.suffix] == "imageio-ffmpeg" else "pillow"
     read_FHWC = np.stack([frame[..., :3] for frame in iio.imiter(path, plugin=plugin)])
     if read_FHWC.shape != frames_FHWC.shape or np.abs(read_FHWC.astype(int) - frames_FHWC).max() > 8:
         raise ValueError(f"frames of {read_FHWC.shape} came back, and differ from those written")

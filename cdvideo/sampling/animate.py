@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
+from cdvideo.media.ffmpeg import find_encoder
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
+    for codec in config.codecs:
+        find_encoder(codec)  # before an hour of sampling
 
     from cdvideo.base.loader import load_base
     from cdvideo.device import pick_device, pick_dtype
@@ -79,6 +82,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
+    parser.add_argument("--codec", choices=["h264", "hevc", "av1"], help="of the mp4 (h264)")
+    parser.add_argument("--dither", choices=["none", "ordered", "diffusion"], help="of the gif (none)")
     parser.add_argument(
         "--concept",
         metavar="FILE[:WEIGHT][,FILE...]",
@@ -191,8 +196,10 @@ def _write(frames_FHWC: npt.NDArray[np.uint8], config: AnimateConfig, settings: 
     write_picture(next(enlarge(frames_FHWC, config.watch_size)), paths[0], metadata=settings)
     if not config.still:
         for name in config.formats:
-            paths.append(config.out / f"{stem}.{name}")
-            write_video(enlarge(frames_FHWC, config.watch_size), paths[-1], fps=config.fps, metadata=settings)
+            paths.append(config.out / (f"{stem}-png" if name == "png" else f"{stem}.{name}"))
+            large = enlarge(frames_FHWC, config.watch_size)
+            options: dict[str, Any] = {"codec": config.codec, "dither": config.dither}
+            write_video(large, paths[-1], fps=config.fps, metadata=settings, **options)
         paths.append(config.out / f"{stem}-frames.png")
         write_picture(filmstrip(frames_FHWC), paths[-1], metadata=settings)
     write_settings(config.out / f"{stem}.json", settings)
@@ -203,7 +210,19 @@ def _settings(
     config: AnimateConfig, base: Base, concept_name: str | None
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
-    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "motion_lora", "concept")
+    left_out = (
+        "out",
+        "device",
+        "quiet",
+        "num_videos",
+        "format",
+        "codec",
+        "dither",
+        "base",
+        "motion",
+        "motion_lora",
+        "concept",
+    )
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
     loras = ", ".join(f"{path.name}:{strength:g}" for path, strength in motion_loras(config.motion_lora))
