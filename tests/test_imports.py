@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "interchange": TOOLS | {"base", "concept", "motion"},
     "sampling": SAMPLING,
     "world": TOOLS | {"base", "motion"},
-    "evaluation": SAMPLING | {"world"},
+    "evaluation": SAMPLING | {"world", "cpu"},
     "web": SAMPLING,
     "doctor": TOOLS | {"base"},
     "recipes": SAMPLING,
