@@ -119,8 +119,8 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 # The command line is a promise to those who script it: a flag is added or taken away here first.
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
-    "animate.py": "--base --codec --concept --dither --format --fps --frames --guidance --motion --motion-lora "
-    "--negative-prompt --num-videos --prompt --scheduler --steps --still",
+    "animate.py": "--attention --base --codec --concept --dither --format --fps --frames --guidance --motion "
+    "--motion-lora --negative-prompt --num-videos --prompt --scheduler --steps --still",
     "benchmark.py decode": "--base --frames --height --pairs --width",
     "benchmark.py length": "--base --height --pairs --steps --width",
     "benchmark.py sampler": "--base --frames --height --pairs --peak-tflops --peers --speed --steps --width",

@@ -46,18 +46,20 @@ def main(argv: Sequence[str]) -> None:
 
     from cdvideo.base.loader import load_base
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.attention import attending
 
     device = pick_device(config.device)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=_report(config))
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
 
-    for seed in range(config.seed, config.seed + config.num_videos):
-        settings = {**_settings(config, base, concept_name), "seed": seed}
-        frames_FHWC = _sample(config, base, concept, motion, seed)
-        written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
-        if not config.quiet:
-            print("wrote", *written)
+    with attending(base, config.attention):
+        for seed in range(config.seed, config.seed + config.num_videos):
+            settings = {**_settings(config, base, concept_name), "seed": seed}
+            frames_FHWC = _sample(config, base, concept, motion, seed)
+            written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
+            if not config.quiet:
+                print("wrote", *written)
     if not config.quiet:
         print_usage_footer(start)
 
@@ -84,6 +86,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument("--codec", choices=["h264", "hevc", "av1"], help="of the mp4 (h264)")
     parser.add_argument("--dither", choices=["none", "ordered", "diffusion"], help="of the gif (none)")
+    backends = ["sdpa", "flash", "cudnn", "efficient", "xformers"]
+    parser.add_argument("--attention", choices=backends, help="what computes attention (sdpa)")
     parser.add_argument(
         "--concept",
         metavar="FILE[:WEIGHT][,FILE...]",
@@ -218,6 +222,7 @@ def _settings(
         "format",
         "codec",
         "dither",
+        "attention",
         "base",
         "motion",
         "motion_lora",

@@ -60,6 +60,9 @@ class AnimateConfig:
     may have a weight: rex.safetensors,style.safetensors:0.8."""
     out: Path = Path("runs/films")
     """The folder to write into."""
+    attention: Literal["sdpa", "flash", "cudnn", "efficient", "xformers"] = "sdpa"
+    """What computes attention: torch's own choice; one of its kernels before the others; or xformers. Each is tried on
+    the device before it is used."""
     device: str = "auto"
     dtype: str = "auto"
     quiet: bool = False

@@ -354,3 +354,15 @@ def test_a_codec_without_encoder_is_told_before_anything_is_loaded(
     assert call(base_folder, "--codec", "av1") == 2
     assert "codec av1: imageio's ffmpeg has no encoder for it" in capsys.readouterr().err
     assert call(base_folder, "--format", "webm") == 2
+
+
+def test_attention_by_another_kernel_gives_the_same_film_and_an_absent_one_is_told(
+    base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sdpa", "flash"):
+        options = ["--format", "png", "--attention", name, "--out", name, "watch_size=0"]
+        assert call(base_folder, "--concept", "none", *options) == 0
+    first, second = (iio.imread(f"{name}/a-sks-dog-surfing-0-png/00002.png") for name in ("sdpa", "flash"))
+    assert np.abs(first.astype(int) - second).max() <= 1
+    assert call(base_folder, "--concept", "none", "--attention", "cudnn") == 2
+    assert "attention cudnn on cpu" in capsys.readouterr().err
