@@ -140,8 +140,11 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 # The command line is a promise to those who script it: a flag is added or taken away here first.
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
-    "animate.py": "--base --concept --format --fps --frames --guidance --motion --motion-lora --negative-prompt "
-    "--num-videos --offload --prompt --scheduler --steps --still",
+    "animate.py": "--attention --base --codec --concept --dither --format --fps --frames --guidance --motion "
+    "--motion-lora --negative-prompt --num-videos --offload --prompt --scheduler --steps --still",
+    "benchmark.py decode": "--base --frames --height --pairs --width",
+    "benchmark.py length": "--base --height --pairs --steps --width",
+    "benchmark.py sampler": "--base --frames --height --pairs --peak-tflops --peers --speed --steps --width",
     "benchmark.py training-step": "--base --pairs",
     "benchmark.py memory": "--base --frames --offload --resolution --steps",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",

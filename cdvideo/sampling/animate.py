@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
+from cdvideo.media.ffmpeg import find_encoder
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
 from cdvideo.sampling.sampler import described, settled
@@ -41,10 +42,13 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
+    for codec in config.codecs:
+        find_encoder(codec)  # before an hour of sampling
 
     from cdvideo.base.loader import HASHED_PARTS, load_base
     from cdvideo.base.memory import advise
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.attention import attending
     from cdvideo.sampling.memory import film_cures, film_needs
 
     device = pick_device(config.device)
@@ -67,12 +71,13 @@ def main(argv: Sequence[str]) -> None:
     config = settled(config, made_for)
     _report(config)(described(config, made_for))
 
-    for seed in range(config.seed, config.seed + config.num_videos):
-        settings = {**_settings(config, base, concept_name), "seed": seed}
-        frames_FHWC = _sample(config, base, concept, motion, seed)
-        written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
-        if not config.quiet:
-            print("wrote", *written)
+    with attending(base, config.attention):
+        for seed in range(config.seed, config.seed + config.num_videos):
+            settings = {**_settings(config, base, concept_name), "seed": seed}
+            frames_FHWC = _sample(config, base, concept, motion, seed)
+            written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
+            if not config.quiet:
+                print("wrote", *written)
     if not config.quiet:
         print_usage_footer(start)
 
@@ -103,6 +108,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
     parser.add_argument("--offload", action="store_true", help="keep in RAM what is not at work: less GPU memory")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
+    parser.add_argument("--codec", choices=["h264", "hevc", "av1"], help="of the mp4 (h264)")
+    parser.add_argument("--dither", choices=["none", "ordered", "diffusion"], help="of the gif (none)")
+    backends = ["sdpa", "flash", "cudnn", "efficient", "xformers"]
+    parser.add_argument("--attention", choices=backends, help="what computes attention (sdpa)")
     parser.add_argument(
         "--concept",
         metavar="FILE[:WEIGHT][,FILE...]",
@@ -221,8 +230,10 @@ def _write(frames_FHWC: npt.NDArray[np.uint8], config: AnimateConfig, settings: 
     write_picture(next(enlarge(frames_FHWC, config.watch_size)), paths[0], metadata=settings)
     if not config.still:
         for name in config.formats:
-            paths.append(config.out / f"{stem}.{name}")
-            write_video(enlarge(frames_FHWC, config.watch_size), paths[-1], fps=config.fps, metadata=settings)
+            paths.append(config.out / (f"{stem}-png" if name == "png" else f"{stem}.{name}"))
+            large = enlarge(frames_FHWC, config.watch_size)
+            options: dict[str, Any] = {"codec": config.codec, "dither": config.dither}
+            write_video(large, paths[-1], fps=config.fps, metadata=settings, **options)
         paths.append(config.out / f"{stem}-frames.png")
         write_picture(filmstrip(frames_FHWC), paths[-1], metadata=settings)
     write_settings(config.out / f"{stem}.json", settings)
@@ -233,7 +244,21 @@ def _settings(
     config: AnimateConfig, base: Base, concept_name: str | None
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
-    left_out = ("out", "device", "quiet", "num_videos", "format", "base", "motion", "motion_lora", "concept", "offload")
+    left_out = (
+        "out",
+        "device",
+        "quiet",
+        "num_videos",
+        "format",
+        "codec",
+        "dither",
+        "attention",
+        "base",
+        "motion",
+        "motion_lora",
+        "concept",
+        "offload",
+    )
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
     loras = ", ".join(f"{path.name}:{strength:g}" for path, strength in motion_loras(config.motion_lora))
