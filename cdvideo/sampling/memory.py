@@ -127,7 +127,7 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         motion,
         size,
         pictures=1 if config.still else config.frames,
-        guidance=config.guidance,
+        guidance=config.guidance or 5.0,  # motion modules that ask for none need less
         chunk=config.decode_chunk,
     )
     standing = 0 if offload else sum(own.values())
