@@ -28,6 +28,7 @@ from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, create_run
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.memory import film_needs, training_needs
+from cdvideo.sampling.sampler import settled
 from cdvideo.sampling.video import sample_video
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
