@@ -123,9 +123,8 @@ def _sampler(base: Base, config: ConceptConfig) -> Sampler:
         seeds = range(config.sample.seed, config.sample.seed + len(prompts))
         steps, guidance = config.sample.steps, config.sample.guidance
         side = config.resolution
-        return sample_images(
-            base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance, width=side, height=side
-        )
+        size = {"width": side, "height": side, "decode_chunk": 1}  # decoding takes more memory than learning else
+        return sample_images(base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance, **size)
 
     return sample
 

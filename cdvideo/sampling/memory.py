@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import DECODE_CHUNK, decode_latents
+from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.memory import Needs, metered, weight_bytes
 from cdvideo.base.text import encode_text, tokenize
@@ -35,7 +35,7 @@ def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
     needs = {"training": standing + step}
     if config.sample.every:
         prompts = len(config.sample.prompts) * len(config.phrases)
-        drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance)
+        drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance, chunk=1)
         needs["drawing contact sheets"] = standing + learned + drawing["denoising"]
         needs["decoding contact sheets"] = standing + learned + vae + drawing["decoding"]
     return needs
@@ -142,7 +142,7 @@ def _drawing(
     *,
     pictures: int,
     guidance: float,
-    chunk: int = DECODE_CHUNK,
+    chunk: int,
 ) -> Needs:
     """What is taken besides weights in each phase of drawing so many pictures, or a film of so many frames."""
     height, width = latent_size(base, size[1], size[0])
