@@ -12,7 +12,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.concept.config import CONCEPT_FILE, SAMPLE_PICTURES, ConceptConfig
@@ -123,7 +123,8 @@ def _sampler(base: Base, config: ConceptConfig) -> Sampler:
         seeds = range(config.sample.seed, config.sample.seed + len(prompts))
         steps, guidance = config.sample.steps, config.sample.guidance
         side = config.resolution
-        size = {"width": side, "height": side, "decode_chunk": 1}  # decoding takes more memory than learning else
+        # Decoding several at once would take more memory than learning does.
+        size: dict[str, Any] = {"width": side, "height": side, "decode_chunk": 1}
         return sample_images(base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance, **size)
 
     return sample

@@ -27,7 +27,7 @@ from cdvideo.media.images import Picture
 from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, create_run
 from cdvideo.sampling.config import AnimateConfig
-from cdvideo.sampling.memory import film_needs, training_needs
+from cdvideo.sampling.memory import GUIDED, film_needs, training_needs
 from cdvideo.sampling.video import sample_video
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -59,7 +59,9 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
         else:
             base = load_base(name, device=device, dtype=dtype)
         _rest(base, ("vae",))
-        result = {"training": _training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))}
+        result: dict[str, Any] = {
+            "training": _training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))
+        }
         if config.frames:
             film = AnimateConfig(
                 prompt="a dog",
@@ -136,8 +138,8 @@ def _film(base: Base, config: AnimateConfig, needs: Needs) -> dict[str, Any]:
         times.append(time.perf_counter())
 
     def film() -> None:
-        options: dict[str, Any] = {"steps": config.steps, "guidance": config.guidance, "frames": config.frames}
-        size = {"width": config.width, "height": config.height}
+        options: dict[str, Any] = {"steps": config.steps, "guidance": GUIDED, "frames": config.frames}
+        size: dict[str, Any] = {"width": config.width, "height": config.height}
         sample_video(base, motion, config.prompt, seed=0, decode_chunk=config.decode_chunk, **size, **options)
 
     standing = weight_bytes(base.unet, base.vae, base.text_encoder, motion)
