@@ -20,6 +20,8 @@ from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.denoise import guided_prompts, latent_size
 from cdvideo.sampling.prompt_kv import compile_prompts, reading
 
+GUIDED = 5.0  # any scale but 1 takes as much; it is assumed where the motion modules are to say
+
 
 def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
     """Bytes for learning a concept, by what is being done.
@@ -127,7 +129,7 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         motion,
         size,
         pictures=1 if config.still else config.frames,
-        guidance=config.guidance or 5.0,  # motion modules that ask for none need less
+        guidance=GUIDED if config.guidance is None else config.guidance,
         chunk=config.decode_chunk,
     )
     standing = 0 if offload else sum(own.values())
