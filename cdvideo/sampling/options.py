@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from cdvideo.config import check
@@ -104,6 +105,33 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StartFrom:
+    """What a film begins from, besides noise."""
+
+    video: Path | None = None
+    """Another film, whose layout and motion this one takes over; as long as the film, or longer."""
+    image: Path | None = None
+    """A picture that becomes the first frame, as the base's autoencoder gives it back."""
+    strength: float | None = None
+    """Share of the denoising that is still done, above 0 to 1: less keeps more. null is 0.6 for a video; and 1 for an
+    image, whose first frame is held all along, so that the others are free to move."""
+    fade: float = 0.5
+    """How firmly the frames after an image are held to it: the second by this, the third by its square, ..."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.video is None or self.image is None, "video and image: a film begins from one of both"),
+            (self.strength is None or 0 < self.strength <= 1, f"strength={self.strength}: must be above 0, at most 1"),
+            (self.strength is None or self.given, f"strength={self.strength}: is for a film that begins from another"),
+            (0 <= self.fade < 1, f"fade={self.fade:g}: must be from 0 to below 1"),
+        )
+
+    @property
+    def given(self) -> bool:
+        return self.video is not None or self.image is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FilmSettings:
     """What all films of a batch share. `width`, `height`: in pixels; None is the base's own resolution."""
 
@@ -115,10 +143,6 @@ class FilmSettings:
     height: int | None = None
     windows: Windows = Windows()
     noise: Noise = Noise()
-
-
-AS_TRAINED = Control()
-DEFAULTS = FilmSettings()
 
 
 def rule(name: str, parse: Callable[[str], T], text: str) -> Iterator[tuple[bool, str]]:
@@ -136,3 +160,7 @@ def _curve_rules(name: str, text: str, *, low: float, high: float, percent: bool
         values = [value for _, value in parse_curve(text, percent=percent).points]
         fits = all(math.isfinite(value) and low <= value <= high for value in values)
         yield fits, f"{name}={text}: values must be from {low:g} to {high:g}"
+
+
+AS_TRAINED = Control()
+DEFAULTS = FilmSettings()
