@@ -65,8 +65,8 @@ def reinitialised(
         )
     timesteps_B = last.expand(len(latents_BFCHW)).to(latents_BFCHW.device)
     noisy_BFCHW = add_noise(scheduler, latents_BFCHW, noise_BFCHW, timesteps_B)
-    # Seeds of other films are near; these are far.
-    fresh_BFCHW = draw_noise([(seed + (turn << 40)) % 2**63 for seed in seeds], noise_BFCHW.shape[1:])
+    # Seeds of other films are near; these are far. torch's generator on the CPU reads the lowest 32 bits alone.
+    fresh_BFCHW = draw_noise([(seed + turn * 0x9E3779B1) % 2**32 for seed in seeds], noise_BFCHW.shape[1:])
     return mix_frequencies(noisy_BFCHW, fresh_BFCHW.to(noise_BFCHW), noise)
 
 
