@@ -8,7 +8,6 @@ import re
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,7 +272,7 @@ def _tell_windows(config: AnimateConfig, motion: MotionModules) -> None:
 
 def _load_start(config: AnimateConfig, base: Base) -> Start | None:
     """What the films begin from, encoded."""
-    from cdvideo.sampling.pictures import read_frames
+    from cdvideo.sampling.pictures import read_frames, read_picture
     from cdvideo.sampling.start import start_from_picture, start_from_video
 
     start, side = config.start, base.resolution
@@ -281,7 +280,7 @@ def _load_start(config: AnimateConfig, base: Base) -> Start | None:
     if start.video is not None:
         return start_from_video(base, read_frames(start.video), strength=start.strength or 0.6, **options)
     if start.image is not None:
-        (picture,) = islice(read_frames(start.image), 1)
+        picture = read_picture(start.image)
         return start_from_picture(base, picture, strength=start.strength or 1.0, fade=start.fade, **options)
     return None
 

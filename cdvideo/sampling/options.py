@@ -121,6 +121,8 @@ class StartFrom:
     def __post_init__(self) -> None:
         check(
             (self.video is None or self.image is None, "video and image: a film begins from one of both"),
+            (self.video is None or self.video.is_file(), f"video={self.video}: no such file"),
+            (self.image is None or self.image.is_file(), f"image={self.image}: no such file"),
             (self.strength is None or 0 < self.strength <= 1, f"strength={self.strength}: must be above 0, at most 1"),
             (self.strength is None or self.given, f"strength={self.strength}: is for a film that begins from another"),
             (0 <= self.fade < 1, f"fade={self.fade:g}: must be from 0 to below 1"),

@@ -185,7 +185,7 @@ def test_a_film_that_begins_with_a_picture(base_folder: Path) -> None:
         (["--init-video", "a.mp4", "--freeinit", "1"], "FreeInit begins from noise alone"),
         (["--strength", "0.5"], "strength=0.5: is for a film that begins from another"),
         (["--init-video", "a.mp4", "--strength", "1.5"], "strength=1.5: must be above 0, at most 1"),
-        (["--init-video", "absent.mp4"], "no file absent.mp4"),
+        (["--init-video", "absent.mp4"], "video=absent.mp4: no such file"),
         (["--window-overlap", "16"], "overlap=16: must be from 0 to 15"),
         (["--window-size", "1"], "size=1: must be at least 2"),
         (["--motion-strength", "9"], "motion_strength=9: values must be from 0 to 4"),
@@ -200,6 +200,8 @@ def test_a_film_that_begins_with_a_picture(base_folder: Path) -> None:
 def test_what_can_not_be(
     base_folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("a.mp4", "a.png"):
+        Path(name).touch()
     assert call(base_folder, *arguments) == 2
     complaint = capsys.readouterr().err
     assert said in complaint
@@ -220,7 +222,20 @@ def test_prompts_that_can_not_be(base_folder: Path, prompt: str, said: str, caps
     assert said in capsys.readouterr().err
 
 
-def test_a_damaged_clip_is_told(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("clip.mp4").write_bytes(b"no film")
-    assert call(base_folder, "--init-video", "clip.mp4") == 2
-    assert re.search(r"clip.mp4 can not be read[\s\S]*allowed: a film", capsys.readouterr().err)
+@pytest.mark.parametrize(("flag", "kind"), [("--init-video", "a film"), ("--init-image", "a picture")])
+def test_a_damaged_file_is_told(base_folder: Path, flag: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("some.mp4").write_bytes(b"no film")
+    assert call(base_folder, flag, "some.mp4") == 2
+    assert re.search(rf"some.mp4 can not be read[\s\S]*allowed: {kind}", capsys.readouterr().err)
+
+
+def test_pictures_are_upright_and_on_white(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdvideo.sampling.pictures import read_picture
+
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.new("RGB", (8, 4), "red").save("turned.jpg", exif=exif)
+    assert read_picture(Path("turned.jpg")).shape == (8, 4, 3)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save("clear.png")
+    assert (read_picture(Path("clear.png")) == 255).all()
