@@ -73,7 +73,7 @@ def denoise(
             scheduler.set_begin_index(first)
         noisy = _noised(start.latents, noise, scheduler, first)
         latents = noisy if first > 0 else start.hold(latents, noisy)
-    for step in tqdm(range(first, steps), desc="denoising", disable=not progress, leave=False):
+    for step in tqdm(range(first, len(scheduler.timesteps)), desc="denoising", disable=not progress, leave=False):
         timestep = scheduler.timesteps[step]
         prediction = predict(scheduler.scale_model_input(latents, timestep), timesteps[step], step)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
