@@ -140,7 +140,7 @@ def _add_control_flags(parser: ArgumentParser) -> None:
     add("--init-video", type=Path, metavar="FILE", dest="start.video", help="a film to remake")
     add("--init-image", type=Path, metavar="FILE", dest="start.image", help="a picture to begin with")
     add(
-        "--strength", type=float, metavar="X", dest="start.strength", help="how much is made anew (0.6; 1 for an image)"
+        "--strength", type=float, metavar="X", dest="start.strength", help="how much is made anew (0.6; 0.7 for an image)"
     )
 
 
@@ -281,7 +281,7 @@ def _load_start(config: AnimateConfig, base: Base) -> Start | None:
         return start_from_video(base, read_frames(start.video), strength=start.strength or 0.6, **options)
     if start.image is not None:
         picture = read_picture(start.image)
-        return start_from_picture(base, picture, strength=start.strength or 1.0, fade=start.fade, **options)
+        return start_from_picture(base, picture, strength=start.strength or 0.7, fade=start.fade, **options)
     return None
 
 

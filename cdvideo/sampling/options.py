@@ -113,8 +113,8 @@ class StartFrom:
     image: Path | None = None
     """A picture that becomes the first frame, as the base's autoencoder gives it back."""
     strength: float | None = None
-    """Share of the denoising that is still done, above 0 to 1: less keeps more. null is 0.6 for a video; and 1 for an
-    image, whose first frame is held all along, so that the others are free to move."""
+    """Share of the denoising that is still done, above 0 to 1: less keeps more. null is 0.6 for a video, 0.7 for an
+    image. At 1 all but the image itself is made anew, and motion modules hardly carry it along: the film then jumps."""
     fade: float = 0.5
     """How firmly the frames after an image are held to it: the second by this, the third by its square, ..."""
 

@@ -51,8 +51,7 @@ def start_from_picture(
     """A film whose first frame is a picture, as the base's autoencoder gives it back.
 
     All frames begin as the picture, noised as of a step at `strength`; and at each step the first is put back to the
-    picture at that step's noise, the second held by `fade`, the third by its square, and so on, so that motion modules
-    carry the picture along.
+    picture at that step's noise, the second held by `fade`, the third by its square, and so on.
 
     Args:
         fade: from 0, the first frame alone, to below 1.
