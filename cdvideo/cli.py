@@ -17,6 +17,7 @@ A script is its `main` and one line:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -43,9 +44,17 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         argv: These arguments; by default those of the process.
 
     Returns:
-        0 done, 1 failure (with its traceback), 2 bad input or config, 130 interrupted.
+        0 done, 1 failure (with its traceback), 2 bad input or config, 130 interrupted. Where the reader of what is
+        printed has gone (`| head`), 1 without a word.
     """
     prepare_cpu()  # before any main imports torch
+    try:
+        return _exit_code(main, argv)
+    finally:
+        _reader_has_gone()  # or the interpreter finds out at its end, and complains
+
+
+def _exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -56,26 +65,40 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         return EXIT_INTERRUPTED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong flag
         return int(stop.code or EXIT_DONE)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if not (isinstance(error, BrokenPipeError) and _reader_has_gone(trial="\n")):
+            traceback.print_exc()
         return EXIT_FAILURE
     return EXIT_DONE
 
 
-def add_common_flags(parser: ArgumentParser, *, resume: bool = True) -> None:
+def _reader_has_gone(trial: str = "") -> bool:
+    """Whether standard output is a closed pipe, as a trial shows; if so, what is still to be printed goes nowhere."""
+    try:
+        print(trial, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def add_common_flags(parser: ArgumentParser, *, resume: bool = True, draws: bool = True) -> None:
     """Adds the flags that every script has. All default to "not given" (None or False): the config holds the defaults.
 
     Args:
         parser: To be read with `parse_intermixed_args`, so that settings may stand anywhere among the flags.
         resume: Whether the script's work can be taken up again, so that it has `--resume`.
+        draws: Whether chance and precision matter to it, so that it has `--seed` and `--dtype`.
     """
     group = parser.add_argument_group("common flags")
     group.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of --config")
     group.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings, over the defaults")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same result")
+    if draws:
+        group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same result")
     group.add_argument("--out", type=Path, metavar="FOLDER", help="where results are written")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], help="precision of the computation")
+    if draws:
+        group.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], help="precision of the computation")
     if resume:
         group.add_argument("--resume", action="store_true", help="continue the run that was interrupted")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no summary")

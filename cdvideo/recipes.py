@@ -57,14 +57,29 @@ def train_concept_main(argv: Sequence[str]) -> None:
     pictures = {token: read_pictures(folder) for token, folder in folders.items()}
 
     from cdvideo.base.loader import load_base
+    from cdvideo.base.memory import advise
+    from cdvideo.concept.data import picture_side
+    from cdvideo.concept.optimizer import check_optimizer
     from cdvideo.concept.trainer import train_concept
     from cdvideo.concept.words import check_token, warn_of_unknown_words
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.memory import training_cures, training_needs
     from cdvideo.sampling.prior import prior_pictures
 
     device = pick_device(config.device)
+    check_optimizer(config.optim, device)
     report = logger.info if args.quiet else print
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=report)
+    dtype, on_gpu = pick_dtype(config.dtype, device), device.type == "cuda"
+    advise(
+        config.base,
+        device,
+        dtype,
+        needs=lambda base: training_needs(base, config, on_gpu=on_gpu),
+        cures=lambda base: training_cures(base, config, on_gpu=on_gpu),
+        report=report,
+    )
+    base = load_base(config.base, device=device, dtype=dtype, resting=("vae",), report=report)
+    picture_side(base, config.resolution)
     for token, class_word in config.class_words.items():
         check_token(base.tokenizer, token)
         warn_of_unknown_words(base.tokenizer, class_word)
@@ -107,7 +122,10 @@ def _sampler(base: Base, config: ConceptConfig) -> Sampler:
     def sample(concept: Concept, prompts: Sequence[str]) -> Tensor:
         seeds = range(config.sample.seed, config.sample.seed + len(prompts))
         steps, guidance = config.sample.steps, config.sample.guidance
-        return sample_images(base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance)
+        side = config.resolution
+        return sample_images(
+            base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance, width=side, height=side
+        )
 
     return sample
 

@@ -1,4 +1,4 @@
-"""Time things against their peers: `training-step`."""
+"""Time things against their peers: `training-step`, `memory`."""
 
 import sys
 

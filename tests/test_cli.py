@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -109,6 +110,26 @@ def test_exit_codes(error: BaseException, code: int, told: str, capsys: pytest.C
     assert captured.out == ""
 
 
+def test_a_reader_that_goes_ends_the_script_without_a_word() -> None:
+    """`script | head`: both where printing fails, and where the rest is printed at the end."""
+    for lines in (200_000, 1):
+        code = "import sys, cdvideo.cli as cli\n"
+        code += f"sys.exit(cli.run_main(lambda argv: [print('line') for _ in range({lines})] and None, []))"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=buffered, **pipes)
+        assert script.stdout is not None and script.stderr is not None
+        script.stdout.close()
+        assert script.stderr.read() == b""
+        assert script.wait() == (1 if lines > 1 else 0)
+        script.stderr.close()
+
+
+def test_another_broken_pipe_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(fail(BrokenPipeError("ffmpeg has ended")), []) == 1
+    assert "BrokenPipeError: ffmpeg has ended" in capsys.readouterr().err
+
+
 def test_main_gets_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[Sequence[str]] = []
     assert run_main(got.append, ["--a"]) == 0
@@ -135,10 +156,10 @@ COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
     "animate.py": "--also-still --base --batch --concept --concept-frames --concept-strength --format --fps --frames "
     "--freeinit --guidance --init-image --init-video --loop --motion --motion-lora --motion-strength --negative-prompt "
-    "--noise --num-videos --prompt --scheduler --steps --still --strength --window-blend --window-overlap "
+    "--noise --num-videos --offload --prompt --scheduler --steps --still --strength --window-blend --window-overlap "
     "--window-schedule --window-size",
     "benchmark.py training-step": "--base --pairs",
-    "convert.py": "--base --class-word --inspect --rank --to --token",
+    "benchmark.py memory": "--base --frames --offload --resolution --steps",
     "evaluate.py base": "--base --films --json --judge --prompts --resume --seeds --sprites",
     "evaluate.py study": "--base --cache --identity --json --judge --sprites",
     "evaluate.py train-identity": "--minutes --sprites --vae",
@@ -146,7 +167,10 @@ FLAGS = {
     "make_base.py": "--export --fit --minutes --sprites --stage",
     "train_concept.py": "--base --class-word --images --resume --steps --token",
 }
-BARE = {"doctor.py": "--help --json"}  # has nothing to compute, so none of the common flags
+BARE = {  # nothing is computed there, or nothing by chance, so not all of the common flags
+    "convert.py": "--base --class-word --config --device --help --inspect --out --quiet --rank --to --token",
+    "doctor.py": "--help --json",
+}
 
 
 def show_help(*command: str) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdvideo.errors import UserError
 
@@ -28,14 +27,13 @@ class _Inert:
 
 # Stable Diffusion's own .ckpt files carry the state of this callback.
 _STAND_INS: list[Any] = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+_HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict]  # in which textual inversion first kept its rows
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name.
+    """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name; as `read_content`.
 
-    What trainers wrap around them goes: an outer `state_dict`, and `module.` before each name. Entries that are no
-    tensors (step counts, configs) are left out. Pickled files are read with `weights_only=True`, so nothing in them is
-    executed. The tensors lie in the file itself, mapped into memory: they take room only as they are read.
+    Entries that are no tensors (step counts, configs) are left out.
 
     Raises:
         UserError: no such file, another kind of file, a damaged one, or a pickle of more than tensors.
@@ -46,15 +44,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             allowed=f"a file that ends in {', '.join(SUFFIXES)}",
             do="check the path",
         )
-    content: Any = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    content, _ = read_content(path)
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors", allowed="a file of named weights", do="choose another file")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def read_content(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a file of weights holds, most often tensors by name, and the texts of a safetensors file's header.
+
+    Its first bytes tell how to read it, whatever its name. Pickled files are read with `weights_only=True`, so nothing
+    in them is executed. What trainers wrap around the weights goes: an outer `state_dict`, and `module.` before each
+    name. The tensors lie in the file itself, mapped into memory: they take room only as they are read.
+
+    Raises:
+        UserError: a damaged file, or a pickle of more than tensors and plain values.
+    """
+    content, header = (_read_pickle(path), {}) if _is_pickle(path) else _read_safetensors(path)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = {str(name).removeprefix("module."): value for name, value in content.items()}
+    return content, header
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -65,16 +79,26 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save writes it, in a zip or as it did before 1.6. Safetensors begin with a length,
+    which may look like either, and a JSON object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_HARMLESS):
             # Files from before torch 1.6 are no zip archives, and can not be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -93,7 +117,7 @@ def _read_pickle(path: Path) -> Any:
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
     return UserError(
-        f"{path} can not be read ({reason})",
-        allowed=f"a whole {path.suffix} file",
+        f"{path} can not be read: it is damaged, or no file of weights ({reason})",
+        allowed="a whole file of weights, as safetensors or as torch.save writes them",
         do="fetch it again",
     )

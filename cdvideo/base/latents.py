@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
+DECODE_CHUNK = 4  # pictures decoded at once: what bounds the memory of decoding, whatever the film's length
 
 
 def encode_pixels(vae: Vae, pixels_BCHW: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -26,7 +27,7 @@ def encode_pixels(vae: Vae, pixels_BCHW: Tensor, *, generator: torch.Generator |
     return latents_BCHW * vae.config.scaling_factor
 
 
-def decode_latents(vae: Vae, latents_BCHW: Tensor, *, chunk: int = 4) -> Tensor:
+def decode_latents(vae: Vae, latents_BCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> Tensor:
     """Scaled latents to float32 pixels clamped to [-1, 1], ``chunk`` pictures at a time."""
     latents_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
     pixels = [vae.decode(part).sample.float().clamp(-1, 1) for part in latents_BCHW.split(chunk)]

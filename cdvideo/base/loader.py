@@ -27,6 +27,25 @@ TINY_BASE = Path(__file__).parent / "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 HASHED_PARTS = ("unet", "text_encoder", "vae")
 
+# What is read of each part: neither variants (fp16, non_ema), nor the same weights as pickles, ONNX, Flax or OpenVINO.
+_CONFIGS = (
+    "*config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHTS = tuple(
+    f"{stem}{ending}"
+    for stem in ("diffusion_pytorch_model", "model")
+    for ending in (".safetensors", "-?????-of-?????.safetensors")
+)
+HUB_FILES = (
+    "model_index.json",
+    *(f"{part}/{name}" for part in PARTS for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")),
+)
+
 
 @dataclass
 class Base:
@@ -57,6 +76,7 @@ def load_base(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    resting: Collection[str] = (),
     report: Callable[[str], object] = logger.info,
 ) -> Base:
     """Load a base by name.
@@ -64,13 +84,15 @@ def load_base(
     Args:
         name: "tiny" (the embedded base), a local folder in diffusers' layout, a .safetensors or .ckpt file of Stable
             Diffusion 1.x or 2.x, or a hub id "owner/model"; only a hub id ever touches the network.
+        resting: those of "unet", "vae" and "text_encoder" that stay in RAM, to be on the device only while they work
+            (base/offload.py); on the CPU it makes no difference.
         report: is told in a line what was found, how many tensors found their place, the prediction and the schedule.
 
     Raises:
         UserError: no such path, a part of it is missing or of another kind than Stable Diffusion's, or a weight has no
             place.
     """
-    path = _find_base(name)
+    path = find_base(name)
     if path.is_dir():
         _check_folder(path, name)
     base_hash = weights_hash(path)
@@ -88,8 +110,10 @@ def load_base(
         device=device,
         dtype=dtype,
     )
-    for module in (base.unet, base.vae, base.text_encoder):
-        module.to(device).eval().requires_grad_(False)
+    assert {*resting} <= {*HASHED_PARTS}, f"no such parts: {resting}"
+    for part in HASHED_PARTS:
+        home = torch.device("cpu") if part in resting else device
+        getattr(base, part).to(home).eval().requires_grad_(False)
     matched = ", ".join(f"{part} {number}/{number}" for part, number in parts.matched.items())
     prediction, betas = (parts.scheduler_config.get(key) for key in ("prediction_type", "beta_schedule"))
     report(f"base {name}: {parts.found}; matched {matched}; predicts {prediction}, betas {betas}, hash {base_hash}")
@@ -153,7 +177,7 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CL
     return text_encoder
 
 
-def _find_base(name: str) -> Path:
+def find_base(name: str) -> Path:
     if name == "tiny":
         return TINY_BASE
     path = Path(name).expanduser()
@@ -162,7 +186,7 @@ def _find_base(name: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=[f"{part}/*" for part in PARTS] + ["model_index.json"]))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     raise UserError(
         f"base {name!r}: no such folder or file",
         allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model'",
@@ -172,6 +196,8 @@ def _find_base(name: str) -> Path:
 
 def weights_hash(path: Path) -> str:
     """16 hex digits of the SHA-256 over the weight files of UNet, text encoder and VAE, names included.
+
+    Only files that are read: variants beside them (fp16) do not matter.
 
     Of a single file it is the SHA-256 of its bytes, whose first digits the web interfaces show as the model's hash.
 
@@ -183,11 +209,11 @@ def weights_hash(path: Path) -> str:
         _digest_file(digest, path)
         return digest.hexdigest()[:16]
     for part in HASHED_PARTS:
-        files = sorted((path / part).glob("*.safetensors"))
+        files = sorted(file for pattern in _WEIGHTS for file in (path / part).glob(pattern))
         if not files:
             raise UserError(
                 f"{path / part} holds no .safetensors weights",
-                allowed="weights in safetensors files (no pickle)",
+                allowed="weights in safetensors files (no pickle, no variant), named as diffusers names them",
                 do="convert the base to safetensors, or give another --base",
             )
         for file in files:

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
-SamplerName: TypeAlias = Literal["ddim", "dpm++"]
-Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
+SamplerName: TypeAlias = Literal["ddim", "dpm++", "euler", "lcm"]
+Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | EulerDiscreteScheduler | LCMScheduler
 
 
-def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim") -> Scheduler:
-    """A sampler with the base's betas and prediction: DDIM (arXiv 2010.02502), DPM-Solver++ 2M (arXiv 2211.01095)."""
+class SeededLCMScheduler(LCMScheduler):
+    """LCM adds fresh noise after every step: here each sample's follows from its own seed, whatever else is drawn."""
+
+    seeds: Sequence[int]
+
+    def set_timesteps(self, *args: Any, **options: Any) -> None:
+        super().set_timesteps(*args, **options)
+        # The noise that sampling starts from is drawn with the seeds as they are. torch's generator on the CPU takes
+        # the lower 32 bits of a seed, so those must differ.
+        self.generators = [torch.Generator().manual_seed(seed ^ 0x9E3779B9) for seed in self.seeds]
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any:
+        return super().step(model_output, timestep, sample, generator=self.generators)
+
+
+def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim", *, seeds: Sequence[int] = ()) -> Scheduler:
+    """A sampler with the base's betas and prediction.
+
+    DDIM (arXiv 2010.02502), DPM-Solver++ 2M (2211.01095), Euler (2206.00364, algorithm 2 without churn), LCM's
+    (2310.04378, algorithm 3).
+
+    Args:
+        seeds: One for each sample of the batch; LCM alone asks for them.
+    """
     if name == "ddim":
         return DDIMScheduler.from_config(dict(config))
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(dict(config))
+    if name == "lcm":
+        scheduler = SeededLCMScheduler.from_config(dict(config))
+        scheduler.seeds = seeds
+        return scheduler
     return DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++", solver_order=2)
 
 

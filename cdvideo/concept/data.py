@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import add_noise, make_scheduler
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.config import DataConfig
 from cdvideo.concept.phrases import CLOSE_UP, FAR_AWAY, fill, training_prompts
+from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
 
 Size: TypeAlias = Literal["small", "full", "large"]
@@ -132,6 +134,22 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
+def picture_side(base: Base, resolution: int | None) -> int:
+    """The side in pixels of the pictures that a concept is learned from; None is the base's own.
+
+    Raises:
+        UserError: no multiple of the pixels that one latent stands for.
+    """
+    cell = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    if resolution is not None and resolution % cell:
+        raise UserError(
+            f"resolution={resolution}",
+            allowed=f"multiples of {cell}, the pixels to a side of one latent of base {base.name}",
+            do=f"set resolution={resolution // cell * cell}",
+        )
+    return resolution or base.resolution
+
+
 @torch.no_grad()
 def cache_latents(
     base: Base,
@@ -141,19 +159,25 @@ def cache_latents(
     phrase: str,
     class_phrase: str,
     seed: int,
+    resolution: int | None = None,
     quiet: bool = False,
 ) -> LatentCache:
-    """Encodes `config.variants` variants of every picture; the first of each is the picture as it is."""
+    """Encodes `config.variants` variants of every picture; the first of each is the picture as it is.
+
+    Args:
+        resolution: Side of the pictures in pixels; None is the base's own.
+    """
     rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
-    cell = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    cell, side = 2 ** (len(base.vae.config.block_out_channels) - 1), picture_side(base, resolution)
     as_it_is = DataConfig(flip=False, rescale=0)
     variants = [
-        augment(picture.image, base.resolution, as_it_is if number == 0 else config, rng, cell=cell)
+        augment(picture.image, side, as_it_is if number == 0 else config, rng, cell=cell)
         for picture in pictures
         for number in range(config.variants)
     ]
     bar = tqdm(variants, desc="encoding pictures", leave=False, disable=quiet)
-    latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
+    with at_work(base.device, base.vae):
+        latents = [encode_pixels(base.vae, v.pixels_CHW[None], generator=generator).float() for v in bar]
     latents_NCHW = torch.cat(latents)
     pasted_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
     masks_N1HW = pasted_N1HW

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,7 @@ class TrainState:
         """Writes the state after `step` steps, whole or not at all."""
         tensors = {f"parameter.{name}": tensor.detach() for name, tensor in self.parameters.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in _flat(moments)}
         metadata = {"step": step, "settings": dict(self.settings), "scaler": self.scaler.state_dict()}
         with atomic_path(path) as part:
             part.write_bytes(save(tensors, metadata={"state": json.dumps(metadata)}))
@@ -67,13 +68,31 @@ class TrainState:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor | int]] = {}
         for name in (name for name in tensors if name.startswith("optimizer.")):
             _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = tensors[name]
+            moments.setdefault(int(index), {})[moment] = _as_kept(tensors[name])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.scaler.load_state_dict(metadata["scaler"])
         return int(metadata["step"])
+
+
+def _flat(moments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """An optimizer's tensors of one weight.
+
+    bitsandbytes keeps some a level deeper, counts steps in whole numbers, and has one table of levels (`qmap`) for all
+    weights, of which each gets a copy, since safetensors takes no tensor twice.
+    """
+    for name, value in moments.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value.clone() if name.startswith("qmap") else torch.as_tensor(value)
+
+
+def _as_kept(tensor: Tensor) -> Tensor | int:
+    """A single whole number was none but a count; torch's AdamW counts in float32."""
+    return int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.int64 else tensor
 
 
 @contextmanager

@@ -23,12 +23,13 @@ from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
 from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
-from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig, OptimConfig
-from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined
+from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig
+from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined, picture_side
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norm, initial_rows
 from cdvideo.concept.losses import background_loss, denoising_loss, output_preservation_loss
+from cdvideo.concept.optimizer import check_optimizer, make_optimizer
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
 from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
@@ -70,12 +71,14 @@ def train_concept(
         The concept, exactly as its file holds it.
 
     Raises:
-        UserError: When the loss is no longer finite, or the state does not belong to these settings and pictures.
+        UserError: When the loss is no longer finite, the state does not belong to these settings and pictures, the base
+            can not draw at the resolution, or the optimizer is not to be had here.
         KeyboardInterrupt: After Ctrl-C, once the step has ended and the state is written.
     """
     assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
     pictures = pictures if isinstance(pictures, Mapping) else {config.token: pictures}
     optim, preserve, loss_weights = config.optim, config.preserve, config.loss_weights
+    check_optimizer(optim, base.device)
     adapter = make_adapter(base.unet, config.adapter, seed=config.seed)
     concept = new_concept(base, config, adapter)
     scheduler = make_scheduler(base.scheduler_config)
@@ -89,7 +92,7 @@ def train_concept(
         base.unet.enable_gradient_checkpointing()
 
     weights, rows = [*adapter.weights.values()], [*concept.tokens.values()] if config.adapter.train_rows else []
-    optimizer = _make_optimizer(weights, rows, optim)
+    optimizer = make_optimizer(weights, rows, optim)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     settings = _fixed_settings(base, pictures, config)
     state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
@@ -170,14 +173,6 @@ def train_concept(
     return _finish(sample, concept, config, run)
 
 
-def _make_optimizer(weights: Sequence[Tensor], rows: Sequence[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
-    groups = [
-        {"params": weights, "initial_lr": optim.lr, "weight_decay": optim.weight_decay},
-        {"params": rows, "initial_lr": optim.token_lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]])
-
-
 def _step_generator(seed: int, step: int) -> torch.Generator:
     """Every step has its own, so that runs of one seed see the same batches, whatever their losses draw besides."""
     return torch.Generator().manual_seed((1_000_003 * seed + step) % 2**32)
@@ -200,7 +195,7 @@ def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
         initialiser=starts[config.token],
         base_name=public_base_name(base.name),
         base_hash=base.hash,
-        resolution=base.resolution,
+        resolution=picture_side(base, config.resolution),
         prediction_type=base.scheduler_config["prediction_type"],
         steps=config.steps,
         lr=config.optim.lr,
@@ -224,6 +219,7 @@ def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, qu
             phrase=phrase,
             class_phrase=config.class_words[token],
             seed=config.seed,
+            resolution=config.resolution,
             quiet=quiet,
         )
         for token, phrase in config.phrases.items()
@@ -241,7 +237,16 @@ def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: b
             do="draw them with cdvideo.sampling.prior.prior_pictures, or set preserve.prior_weight=0",
         )
     return [
-        cache_latents(base, prior[word], plain, phrase=word, class_phrase=word, seed=config.seed, quiet=quiet)
+        cache_latents(
+            base,
+            prior[word],
+            plain,
+            phrase=word,
+            class_phrase=word,
+            seed=config.seed,
+            resolution=config.resolution,
+            quiet=quiet,
+        )
         for word in dict.fromkeys(config.class_words.values())
     ]
 

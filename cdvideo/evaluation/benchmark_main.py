@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.concept.config import SAMPLE_PICTURES
 from cdvideo.evaluation.benchmark_config import TrainingStepConfig
+from cdvideo.evaluation.benchmark_memory import memory_main
 from cdvideo.media.images import read_pictures
 from cdvideo.runs import require_writable
 
@@ -29,6 +30,10 @@ def main(argv: Sequence[str]) -> None:
     step.add_argument("--base", metavar="NAME", help="tiny (the embedded one), or a folder in diffusers' layout")
     step.add_argument("--pairs", type=int, metavar="N", help="runs of both (6)")
     add_common_flags(step, resume=False)
+    commands.add_parser("memory", help="what learning and filming really take of a GPU's memory, beside the estimate")
+    if argv and argv[0] == "memory":
+        memory_main(argv[1:])
+        return
     if not argv or argv[0] != "training-step":
         parser.parse_args(argv)  # --help, or the list of commands with exit code 2
         sys.exit(2)

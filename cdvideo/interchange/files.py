@@ -1,40 +1,41 @@
-"""What a file from elsewhere is: told by its keys, never by its name. Pickles are read through weights_only alone."""
+"""What a file from elsewhere is: told by its keys, never by its name."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cdvideo.base.checkpoint import read_content
 from cdvideo.errors import UserError
 
 OWN = "cdvideo concept"
 KOHYA = "kohya LoRA"
+LYCORIS = "LyCORIS"
 DIFFUSERS = "diffusers LoRA"
 PEFT = "PEFT LoRA"
 TEXTUAL_INVERSION = "textual inversion"
 CUSTOM_DIFFUSION = "Custom Diffusion"
 DELTA = "Custom Diffusion delta"
-READABLE = "a cdvideo concept, a kohya, diffusers or PEFT LoRA, a textual inversion, or a Custom Diffusion file"
+READABLE = (
+    "a cdvideo concept, a kohya, LyCORIS, diffusers or PEFT LoRA, a textual inversion, or a Custom Diffusion file"
+)
 
 _PEFT_PREFIX = "base_model.model."
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
 # What keys of other files contain, and what such files are.
 _OTHER_KINDS = {
-    "motion_modules.": "motion modules of AnimateDiff, or a LoRA for them (--motion takes motion modules)",
-    "hada_w1": "a LoHa of LyCORIS",
-    "lokr_w": "a LoKr of LyCORIS",
     "oft_": "an OFT adapter",
+    ".on_input": "an (IA)^3 of LyCORIS",
+    ".a1.weight": "a GLoRA of LyCORIS",
     "model.diffusion_model.": "a whole image model, or a part of one in its first layout",
     "ip_adapter.": "an IP-Adapter",
     "control_model.": "a ControlNet",
 }
+_LYCORIS_PARTS = (".hada_w", ".lokr_w", ".diff", ".w_norm")
 _SDXL_KEYS = ("lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
 
 
@@ -61,7 +62,7 @@ def read_foreign(path: Path) -> Foreign:
     """
     if not path.is_file():
         raise UserError(f"there is no concept file {path}", allowed=READABLE, do="correct the path")
-    content, header = _read_pickle(path) if _is_pickle(path) else _read_safetensors(path)
+    content, header = read_content(path)
     foreign = Foreign(path, tell_kind(path, content, header), content, header)
     broken = [key for key, tensor in foreign.tensors.items() if not tensor.isfinite().all()]
     if broken:
@@ -80,6 +81,13 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
         return DELTA
     if {"string_to_param", "emb_params", "clip_l", "clip_g"} & set(keys):
         return TEXTUAL_INVERSION
+    if found := next((key for key in keys if "motion_modules." in key), None):
+        is_lora = any("lora" in key for key in keys)
+        raise UserError(
+            f"{path} is {'a motion LoRA' if is_lora else 'motion modules'} of AnimateDiff: it holds {found}",
+            allowed=READABLE,
+            do=f"give it as {'--motion-lora' if is_lora else '--motion'}",
+        )
     for part, what in _OTHER_KINDS.items():
         if found := next((key for key in dict(_flat("", content)) if part in key), None):
             raise UserError(f"{path} is {what}: it holds {found}", allowed=READABLE, do="name another file")
@@ -88,7 +96,13 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     if any("custom_diffusion" in key for key in keys):
         return CUSTOM_DIFFUSION
     if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_")) for key in keys):
-        return KOHYA
+        return LYCORIS if any(_is_of_lycoris(key, content[key]) for key in content) else KOHYA
+    if found := next((key for key in keys if ".hada_w" in key or ".lokr_w" in key), None):
+        raise UserError(
+            f"{path} is a LoHa or LoKr in other names than kohya's: it holds {found}",
+            allowed="LyCORIS in kohya's names, lora_unet_...",
+            do="save it from LyCORIS, not from PEFT",
+        )
     if any(part in key for key in keys for part in _LORA_PARTS):
         return PEFT if all(key.startswith(_PEFT_PREFIX) for key in keys) else DIFFUSERS
     if keys and all(_is_word(key, content[key]) for key in content):
@@ -99,41 +113,15 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     )
 
 
+def _is_of_lycoris(key: str, tensor: Any) -> bool:
+    """Whether an entry of kohya's names is more than a LoRA: DoRA's magnitudes of the inputs are, too."""
+    return any(part in key for part in _LYCORIS_PARTS) or (key.endswith(".dora_scale") and len(tensor) == 1)
+
+
 def _is_word(key: Any, rows: Any) -> bool:
     """Whether an entry can be a word and its rows: no more of them than a prompt takes, and no path for a name."""
     plausible = isinstance(rows, Tensor) and rows.ndim in (1, 2) and "." not in str(key)
     return plausible and rows.numel() <= 75 * rows.shape[-1]
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file begins as torch.save writes it, in a zip or as it did before 1.6. Safetensors begin with a length,
-    which may look like either, and a JSON object."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged or no file of weights ({error})", allowed=READABLE, do="copy or fetch it again"
-        ) from error
-
-
-def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:
-    try:
-        with torch.serialization.safe_globals([nn.ParameterDict]):  # in which textual inversion first kept its rows
-            return torch.load(path, map_location="cpu", weights_only=True), {}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged, or a pickle that would run code ({str(error).splitlines()[0]})",
-            allowed="tensors and plain values",
-            do="ask for the file as .safetensors",
-        ) from error
 
 
 def _flat(prefix: str, content: Any) -> list[tuple[str, Tensor]]:

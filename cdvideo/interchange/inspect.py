@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cdvideo.concept.file import read_metadata
-from cdvideo.interchange.files import OWN, TEXTUAL_INVERSION, Foreign, read_foreign
+from cdvideo.interchange.files import LYCORIS, OWN, TEXTUAL_INVERSION, Foreign, read_foreign
+from cdvideo.interchange.lycoris import forms
 
 # What headers say about a file's use, in kohya's and Stability's words.
 _TOLD = ("modelspec.title", "modelspec.trigger_phrase", "modelspec.architecture", "ss_base_model_version")
@@ -36,6 +37,8 @@ def _details(foreign: Foreign) -> Iterator[str]:
         yield f"  adapter {metadata.adapter}, tokens {words or 'none'}"
         yield f"  trained on {metadata.base_name} ({metadata.base_hash}), {metadata.steps} steps"
         return
+    if foreign.kind == LYCORIS:
+        yield "  " + ", ".join(f"{form} of {count} layers" for form, count in sorted(forms(tensors).items()))
     ranks = Counter(len(tensor) for key, tensor in tensors.items() if key.endswith(_DOWN))
     if ranks:
         yield "  ranks: " + ", ".join(f"{rank} in {count} layers" for rank, count in sorted(ranks.items()))

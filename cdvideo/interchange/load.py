@@ -20,6 +20,7 @@ from cdvideo.interchange.custom_diffusion import adapter_kind, read_custom_diffu
 from cdvideo.interchange.files import (
     CUSTOM_DIFFUSION,
     DELTA,
+    LYCORIS,
     OWN,
     READABLE,
     TEXTUAL_INVERSION,
@@ -27,6 +28,7 @@ from cdvideo.interchange.files import (
     read_foreign,
 )
 from cdvideo.interchange.lora import as_layers, read_lora
+from cdvideo.interchange.lycoris import read_lycoris
 from cdvideo.interchange.textual_inversion import read_rows
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,9 @@ def _as_concept(foreign: Foreign, base: Base) -> Concept:
         kind, tokens = "token", read_rows(foreign, base)
     elif foreign.kind == CUSTOM_DIFFUSION:
         weights = read_custom_diffusion(foreign, base)
+        kind = adapter_kind(base.unet, weights)
+    elif foreign.kind == LYCORIS:
+        weights = read_lycoris(foreign, base)
         kind = adapter_kind(base.unet, weights)
     elif foreign.kind == DELTA:
         weights, tokens = read_delta(foreign, base)

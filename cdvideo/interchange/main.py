@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--token", metavar="WORD", help="what to call the token")
     parser.add_argument("--class-word", metavar="WORDS", help="what kind of thing it is")
-    add_common_flags(parser, resume=False)
+    add_common_flags(parser, resume=False, draws=False)
     config = config_from_flags(ConvertConfig, parser.parse_intermixed_args(argv))
     for path, _ in config.files:
         if not path.exists():

@@ -8,7 +8,9 @@ The published versions differ in little, and ask for different settings (guoyww/
     v3          32 rows          no             v3_sd15_mm
     AnimateLCM  none             yes            sd15_t2v_beta
 
-All of them were trained with linear betas, whatever the image model has, and with GroupNorm over each frame.
+All of them were trained with linear betas, whatever the image model has, and with GroupNorm over each frame. The last
+and Lightning are distilled: they take few steps of a sampler of their own (guoyww's README and ByteDance's, and
+AnimateLCM's, have the settings). AnimateLCM also wants its own LoRA in the image model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,15 +90,19 @@ def rename(name: str) -> str:
 def as_trained(config: MotionConfig, *, has_table: bool = True, file_name: str = "") -> tuple[str, MotionConfig]:
     """The version of AnimateDiff that has these keys, and the config with what that version was trained with.
 
-    Lightning has the keys of v2, so it is known by its file's name alone; its steps are counted back from the last one
-    (arXiv 2403.12706). In v1 the image model's own GroupNorms took their statistics over all frames
-    (`use_inflated_groupnorm` came with v2).
+    Lightning has the keys of v2, so it is known by its file's name alone, which also tells its steps; they are counted
+    back from the last one (arXiv 2403.12706). So is AnimateLCM as diffusers has it, with a position table. In v1 the
+    image model's own GroupNorms took their statistics over all frames (`use_inflated_groupnorm` came with v2).
     """
     config = replace(config, norm_mode="original", beta_schedule="linear")
-    if not has_table:
-        return "AnimateLCM", replace(config, motion_max_seq_length=LCM_MAX_FRAMES)
-    if "lightning" in file_name.lower():
-        return "AnimateDiff-Lightning", replace(config, timestep_spacing="trailing")
+    name = file_name.lower()
+    if not has_table or "animatelcm" in name:
+        frames = config.motion_max_seq_length if has_table else LCM_MAX_FRAMES
+        return "AnimateLCM", replace(config, motion_max_seq_length=frames, sampler="lcm", steps=6, guidance=2.0)
+    if "lightning" in name:
+        steps = int(found[1]) if (found := re.search(r"([1248])-?_?step", name)) else 4
+        sampler: dict[str, Any] = {"sampler": "euler", "timestep_spacing": "trailing"}
+        return "AnimateDiff-Lightning", replace(config, **sampler, steps=steps, guidance=1.0)
     if config.use_motion_mid_block:
         return "AnimateDiff v2", config
     if config.motion_max_seq_length <= 24:

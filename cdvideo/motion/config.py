@@ -23,6 +23,7 @@ class MotionConfig:
         frame (what AnimateDiff's checkpoints were trained with), "diffusers" over all frames of a film jointly.
     beta_schedule, timestep_spacing: the noise that the weights were trained for and the steps to take through it, in
         the words of diffusers' schedulers; None is the base's own.
+    sampler, steps, guidance: what the weights were distilled for (AnimateLCM, Lightning); None where any will do.
     joint_image_norms: whether the image model's own GroupNorms, those of its resnets and its output, take their
         statistics over all frames of a film, as in AnimateDiff v1.
     trained_for: hash of the base that the weights were trained on, or None where nobody knows.
@@ -40,6 +41,9 @@ class MotionConfig:
     norm_mode: NormMode = "original"
     beta_schedule: Literal["linear"] | None = None
     timestep_spacing: Literal["trailing"] | None = None
+    sampler: Literal["euler", "lcm"] | None = None
+    steps: int | None = None
+    guidance: float | None = None
     joint_image_norms: bool = False
     trained_for: str | None = None
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from cdvideo.base.checkpoint import read_tensors
 from cdvideo.errors import UserError
 from cdvideo.motion.checkpoints import as_trained, read_motion_file
 from cdvideo.motion.config import MotionConfig, NormMode
@@ -27,7 +27,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Ours alone. diffusers passes over config keys that start with an underscore, in silence.
-_OWN_FIELDS = ("norm_mode", "beta_schedule", "timestep_spacing", "joint_image_norms", "trained_for")
+_OWN_FIELDS = (
+    *("norm_mode", "beta_schedule", "timestep_spacing", "sampler", "steps", "guidance"),
+    *("joint_image_norms", "trained_for"),
+)
 
 
 def save_motion(motion: MotionModules, folder: Path) -> None:
@@ -91,6 +94,8 @@ def _settings(config: MotionConfig) -> str:
     parts = [f"up to {config.motion_max_seq_length} frames", f"betas {config.beta_schedule or 'as the base has them'}"]
     if config.timestep_spacing:
         parts.append(f"{config.timestep_spacing} steps")
+    if config.sampler:
+        parts.append(f"made for {config.steps} steps of {config.sampler} with guidance {config.guidance:g}")
     parts.append(f"GroupNorm {'over each frame' if config.norm_mode == 'original' else 'over all frames'}")
     if config.joint_image_norms:
         parts.append("the image model's over all frames")
@@ -122,7 +127,7 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
     config = MotionConfig(**given)
     if any(f"_{name}" in raw for name in _OWN_FIELDS):
         return "motion modules", config
-    return as_trained(config)
+    return as_trained(config, file_name=folder.name)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -139,14 +144,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             allowed=f"a folder with {WEIGHTS_FILE}",
             do="save the motion modules as safetensors there",
         )
-    try:
-        return load_file(files[0])
-    except SafetensorError as error:
-        raise UserError(
-            f"{files[0]} can not be read ({error})",
-            allowed="a whole safetensors file",
-            do="fetch or train the motion modules again",
-        ) from error
+    return read_tensors(files[0])
 
 
 def _check_weights(weights: Mapping[str, Tensor], motion: MotionModules, path: Path) -> int:

@@ -146,6 +146,8 @@ class MotionModules(nn.Module):
     Only weights live here; `VideoUNet` walks them together with the image UNet's blocks.
     """
 
+    gradient_checkpointing = False  # VideoUNet then keeps no layer's activations for the backward pass
+
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
         self.config = config

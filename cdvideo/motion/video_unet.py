@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
@@ -61,6 +63,8 @@ class VideoUNet:
         time_ND = time_BD.repeat_interleave(num_frames, dim=0)
         text_NLD = None if text_BLD is None else text_BLD.repeat_interleave(num_frames, dim=0)
 
+        run = self._layer_runner(num_frames)
+
         def attend(hidden_NCHW: Tensor, attention: nn.Module | None, motion_module: nn.Module | None) -> Tensor:
             if attention is not None:
                 hidden_NCHW = attention(hidden_NCHW, encoder_hidden_states=text_NLD, return_dict=False)[0]
@@ -70,7 +74,7 @@ class VideoUNet:
         skips = [hidden_NCHW]
         for block, motion_block in zip(unet.down_blocks, motion.down_blocks, strict=True):
             for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
-                hidden_NCHW = attend(resnet(hidden_NCHW, time_ND), attention, motion_module)
+                hidden_NCHW = run(attend, run(resnet, hidden_NCHW, time_ND), attention, motion_module)
                 skips.append(hidden_NCHW)
             for downsampler in block.downsamplers or ():
                 hidden_NCHW = downsampler(hidden_NCHW)
@@ -79,12 +83,12 @@ class VideoUNet:
         first, *others = unet.mid_block.resnets
         hidden_NCHW = first(hidden_NCHW, time_ND)
         for resnet, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
-            hidden_NCHW = resnet(attend(hidden_NCHW, attention, motion_module), time_ND)
+            hidden_NCHW = run(resnet, run(attend, hidden_NCHW, attention, motion_module), time_ND)
 
         for block, motion_block in zip(unet.up_blocks, motion.up_blocks, strict=True):
             for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
-                hidden_NCHW = resnet(torch.cat([hidden_NCHW, skips.pop()], dim=1), time_ND)
-                hidden_NCHW = attend(hidden_NCHW, attention, motion_module)
+                hidden_NCHW = run(resnet, torch.cat([hidden_NCHW, skips.pop()], dim=1), time_ND)
+                hidden_NCHW = run(attend, hidden_NCHW, attention, motion_module)
             for upsampler in block.upsamplers or ():
                 # The next skip says the size, so that latents of odd height or width find their way back.
                 hidden_NCHW = upsampler(hidden_NCHW, skips[-1].shape[-2:])
@@ -92,6 +96,18 @@ class VideoUNet:
         if unet.conv_norm_out is not None:
             hidden_NCHW = unet.conv_act(unet.conv_norm_out(hidden_NCHW))
         return unet.conv_out(hidden_NCHW).unflatten(0, (-1, num_frames))
+
+    def _layer_runner(self, num_frames: int) -> Callable[..., Tensor]:
+        """Calls a layer, `run(layer, *inputs)`: plainly, or so that its activations are computed anew for gradients."""
+        if not (self.motion.gradient_checkpointing and torch.is_grad_enabled()):
+            return lambda layer, *inputs: layer(*inputs)
+        if not self.motion.config.joint_image_norms:
+            return partial(checkpoint, use_reentrant=False)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), joint_norms(self.unet, num_frames)  # the backward pass runs outside of `__call__`'s
+
+        return partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
     def _check_frames(self, num_frames: int) -> None:
         if not 1 <= num_frames <= self.motion.max_frames:

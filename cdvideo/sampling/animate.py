@@ -15,6 +15,7 @@ from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
+from cdvideo.sampling.sampler import described, settled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,13 +46,30 @@ def main(argv: Sequence[str]) -> None:
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
 
-    from cdvideo.base.loader import load_base
+    from cdvideo.base.loader import HASHED_PARTS, load_base
+    from cdvideo.base.memory import advise
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.memory import film_cures, film_needs
 
     device = pick_device(config.device)
-    base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device), report=_report(config))
+    dtype, resting = pick_dtype(config.dtype, device), HASHED_PARTS if config.offload else ()
+    on_gpu = device.type == "cuda"
+    advise(
+        config.base,
+        device,
+        dtype,
+        needs=lambda base: film_needs(base, config, offload=on_gpu and config.offload),
+        cures=lambda base: film_cures(base, config, on_gpu=on_gpu),
+        report=_report(config),
+    )
+    base = load_base(config.base, device=device, dtype=dtype, resting=resting, report=_report(config))
+    if config.vae_tiling:
+        base.vae.enable_tiling()
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
+    made_for = None if motion is None else motion.config
+    config = settled(config, made_for)
+    _report(config)(described(config, made_for))
 
     settings = _settings(config, base, concept_name)
     for seed, frames in _sample(config, base, concept, motion):
@@ -83,13 +101,19 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what is to be avoided")
     parser.add_argument("--frames", type=int, metavar="N", help="length of the film, as long as you like (16)")
     parser.add_argument("--fps", type=float, metavar="N", help="frames in a second (8)")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, metavar="X", help="how closely to follow the prompt; 1 is off (5)")
-    parser.add_argument("--scheduler", choices=["ddim", "dpm++"], help="the sampler (ddim)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25, or as the motion modules ask)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="how closely to follow the prompt; 1 is off (5, or as the motion modules ask)",
+    )
+    parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--batch", type=int, metavar="N", help="films that go through the model at once (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
     parser.add_argument("--also-still", action="store_true", help="a picture beside each film, from the same seed")
+    parser.add_argument("--offload", action="store_true", help="keep in RAM what is not at work: less GPU memory")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument(
         "--concept",
@@ -140,12 +164,17 @@ def _add_control_flags(parser: ArgumentParser) -> None:
     add("--init-video", type=Path, metavar="FILE", dest="start.video", help="a film to remake")
     add("--init-image", type=Path, metavar="FILE", dest="start.image", help="a picture to begin with")
     add(
-        "--strength", type=float, metavar="X", dest="start.strength", help="how much is made anew (0.6; 0.7 for an image)"
+        "--strength",
+        type=float,
+        metavar="X",
+        dest="start.strength",
+        help="how much is made anew (0.6; 0.7 for an image)",
     )
 
 
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
     """The concept and the name to show for it, as the settings and the prompt ask."""
+    from cdvideo.base.offload import at_work
     from cdvideo.base.text import find_tokens
     from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept
     from cdvideo.interchange.load import load_adapters
@@ -157,7 +186,8 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
         return None, None
     if files == ((SAMPLE_CONCEPT, 1.0),):
         print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-    concept = load_adapters(base, files, report=_report(config))
+    with at_work(base.device, base.unet, base.text_encoder):  # several concepts are merged by what these make of them
+        concept = load_adapters(base, files, report=_report(config))
     if concept.tokens and not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)
         logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
@@ -180,6 +210,8 @@ def _report(config: AnimateConfig) -> Callable[[str], object]:
 
 
 def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
+    import torch
+
     from cdvideo.motion.files import load_motion
     from cdvideo.motion.lora import fold_motion_lora
 
@@ -190,7 +222,8 @@ def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
             allowed="a base with a folder `motion`, or motion modules in a folder or file of their own",
             do="name motion modules that fit this base with --motion, or ask for a picture with --still",
         )
-    motion = load_motion(path, device=base.device, dtype=base.dtype, report=_report(config))
+    home = torch.device("cpu") if config.offload else base.device
+    motion = load_motion(path, device=home, dtype=base.dtype, report=_report(config))
     trained_for = motion.config.trained_for
     if trained_for is not None and trained_for != base.hash:
         logger.warning("the motion modules in %s were trained for a base with other weights", path.name)
@@ -236,7 +269,7 @@ def _sample(
     options: dict[str, Any] = {"start": start, "batch": config.batch, "progress": not config.quiet}
     latents = sample_latents(base, motion, films, config.film_settings, **options)
     for seed, latents_FCHW in zip(seeds, latents, strict=True):
-        yield seed, Spool(decode_stream(base, latents_FCHW))
+        yield seed, Spool(decode_stream(base, latents_FCHW, chunk=config.decode_chunk))
 
 
 def _draw_still(config: AnimateConfig, base: Base, concept: Concept | None, seed: int) -> npt.NDArray[np.uint8]:
@@ -244,17 +277,19 @@ def _draw_still(config: AnimateConfig, base: Base, concept: Concept | None, seed
     from cdvideo.sampling.image import sample_images
     from cdvideo.sampling.video import to_uint8
 
+    settings = config.film_settings
     pixels_BCHW = sample_images(
         base,
         [config.prompts[min(config.prompts)]],
         seeds=[seed],
         concept=concept,
         negative_prompt=config.negative_prompt,
-        steps=config.steps,
-        guidance=config.guidance,
-        scheduler=config.scheduler,
-        width=config.width,
-        height=config.height,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        scheduler=settings.scheduler,
+        width=settings.width,
+        height=settings.height,
+        decode_chunk=config.decode_chunk,
         progress=not config.quiet,
     )
     return to_uint8(pixels_BCHW)
@@ -318,7 +353,7 @@ def _settings(
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
     left_out = ("out", "device", "quiet", "num_videos", "batch", "format", "base", "motion", "motion_lora", "concept")
-    hidden = {*left_out, "also_still", *GROUPS}
+    hidden = {*left_out, "also_still", "offload", *GROUPS}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
     for group in GROUPS:
         given, defaults = (dataclasses.asdict(each) for each in (getattr(config, group), getattr(_DEFAULTS, group)))

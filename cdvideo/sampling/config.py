@@ -29,13 +29,15 @@ class AnimateConfig:
     in overlapping windows."""
     fps: float = 8.0
     """Frames shown in a second."""
-    steps: int = 25
-    """Denoising steps. More is finer and slower."""
-    guidance: float = 5.0
+    steps: int | None = None
+    """Denoising steps. More is finer and slower; null is 25, or what the motion modules were distilled for."""
+    guidance: float | None = None
     """Scale of classifier-free guidance: higher follows the prompt more closely, 1 switches it off. On the embedded
-    base things worn get lost below 4, and colours run over above 7."""
-    scheduler: Literal["ddim", "dpm++"] = "ddim"
-    """The sampler: DDIM, or DPM-Solver++, which needs fewer steps."""
+    base things worn get lost below 4, and colours run over above 7. Null is 5, or what the motion modules were
+    distilled for."""
+    scheduler: Literal["auto", "ddim", "dpm++", "euler", "lcm"] = "auto"
+    """The sampler: DDIM; DPM-Solver++, which needs fewer steps; `euler` and `lcm`, which AnimateDiff-Lightning and
+    AnimateLCM were distilled for. `auto` is DDIM, or what the motion modules were distilled for."""
     seed: int = 0
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1
@@ -56,6 +58,14 @@ class AnimateConfig:
     width: int | None = None
     height: int | None = None
     """Size in pixels that the model draws at; null is the base's own."""
+    offload: bool = False
+    """Keep in RAM what is not at work: text encoder, then UNet and motion modules, then VAE come to the GPU one after
+    the other. The same film, in less GPU memory and some seconds more."""
+    decode_chunk: int = 4
+    """Frames that the VAE decodes at once: fewer take less memory."""
+    vae_tiling: bool = False
+    """Decode pictures larger than the VAE was made for (512 pixels for Stable Diffusion 1) in overlapping tiles: less
+    memory, and colours may differ a little from tile to tile."""
     watch_size: int = 384
     """Smaller pictures are enlarged by a whole factor until their short side has this many pixels; 0 leaves them."""
     base: str = "tiny"
@@ -82,14 +92,18 @@ class AnimateConfig:
             (self.frames >= 1, f"frames={self.frames}: must be at least 1"),
             (0.1 <= self.fps <= 60, f"fps={self.fps:g}: must be from 0.1 to 60"),
             ("gif" not in self.formats or self.fps <= 50, f"fps={self.fps:g}: a gif shows at most 50 frames a second"),
-            (1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
-            (1 <= self.guidance <= 30, f"guidance={self.guidance:g}: must be from 1 (off) to 30"),
+            (self.steps is None or 1 <= self.steps <= 1000, f"steps={self.steps}: must be from 1 to 1000"),
+            (
+                self.guidance is None or 1 <= self.guidance <= 30,
+                f"guidance={self.guidance}: must be from 1 (off) to 30",
+            ),
             (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
             (self.batch >= 1, f"batch={self.batch}: must be at least 1"),
             *rule("prompt", parse_prompts, self.prompt),
             *self._impossible_pairs(),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
+            (self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk}: must be at least 1"),
             *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
             (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
             *check_files(self.concept_files),
@@ -122,7 +136,8 @@ class AnimateConfig:
 
     @property
     def film_settings(self) -> FilmSettings:
-        """What the sampler is told of all films alike."""
+        """What the sampler is told of all films alike, once sampler, steps and guidance are settled."""
+        assert self.steps is not None and self.guidance is not None and self.scheduler != "auto"
         return FilmSettings(
             frames=self.frames,
             steps=self.steps,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import decode_latents
+from cdvideo.base.latents import DECODE_CHUNK, decode_latents
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import SamplerName, make_scheduler
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
@@ -29,12 +30,14 @@ def sample_images(
     scheduler: SamplerName = "ddim",
     width: int | None = None,
     height: int | None = None,
+    decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> Tensor:
     """One picture for each prompt, from the noise of the seed beside it.
 
     Args:
         width, height: in pixels; None is the base's own resolution.
+        decode_chunk: pictures that the VAE decodes at once.
 
     Returns:
         pixels_BCHW: float32 in [-1, 1], on the base's device.
@@ -46,13 +49,14 @@ def sample_images(
     def predict(latents_BCHW: Tensor, timestep: Tensor, _step: int) -> Tensor:
         return base.unet(latents_BCHW.to(base.dtype), timestep, None, return_dict=False)[0].float()
 
-    with tuned(base.unet, concept), reading(base.unet, compiled):
+    with at_work(base.device, base.unet), tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BCHW = denoise(
             predict,
             noise_BCHW.to(base.device),
-            make_scheduler(base.scheduler_config, scheduler),
+            make_scheduler(base.scheduler_config, scheduler, seeds=seeds),
             steps=steps,
             guidance=guidance,
             progress=progress,
         )
-    return decode_latents(base.vae, latents_BCHW)
+    with at_work(base.device, base.vae):
+        return decode_latents(base.vae, latents_BCHW, chunk=decode_chunk)

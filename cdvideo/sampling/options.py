@@ -140,7 +140,7 @@ class FilmSettings:
     frames: int = 16
     steps: int = 25
     guidance: float = 5.0
-    scheduler: Literal["ddim", "dpm++"] = "ddim"
+    scheduler: Literal["ddim", "dpm++", "euler", "lcm"] = "ddim"
     width: int | None = None
     height: int | None = None
     windows: Windows = Windows()

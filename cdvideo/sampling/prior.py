@@ -43,6 +43,8 @@ def prior_pictures(
                     seeds=[FIRST_SEED + number],
                     steps=config.sample.steps,
                     guidance=config.sample.guidance,
+                    width=config.resolution,
+                    height=config.resolution,
                 )
                 with atomic_path(path) as part:
                     Image.fromarray(to_uint8(pixels_BCHW)[0]).save(part)

@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import tuned, tuned_text
 from cdvideo.concept.concept import Concept
@@ -43,9 +44,9 @@ def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | No
     """
     rows = {} if concept is None else concept.tokens
     batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
-    with tuned_text(base.text_encoder, concept):
+    with at_work(base.device, base.text_encoder), tuned_text(base.text_encoder, concept):
         text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
-    with tuned(base.unet, concept):
+    with at_work(base.device, base.unet), tuned(base.unet, concept):
         return read_text(base.unet, text_BLD)
 
 

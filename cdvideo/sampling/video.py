@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import decode_latents
+from cdvideo.base.latents import DECODE_CHUNK, decode_latents
 from cdvideo.base.loader import Base
+from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import SamplerName, make_scheduler
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
@@ -31,8 +32,6 @@ from cdvideo.sampling.windows import Window, blend_weights, window_size, windowe
 
 if TYPE_CHECKING:
     from cdvideo.media.export import Frame
-
-DECODE_CHUNK = 4  # frames decoded at once: what bounds the memory of decoding, whatever the film's length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +67,19 @@ def sample_video(
     windows: Windows = DEFAULTS.windows,
     noise: Noise = DEFAULTS.noise,
     start: Start | None = None,
+    decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """One film. The same seed gives the same bytes on the same machine.
 
     Args:
-        motion: on the base's device, in its dtype.
+        motion: on the base's device or resting in RAM (base/offload.py), in the base's dtype.
         prompt: a text, or texts by the frame from which they are meant: {0: "a dog surfing", 24: "a dog in snow"}.
         width, height: in pixels; None is the base's own resolution.
         control: how strongly motion and concept act, along the film.
         windows: how a film is cut that is longer than the motion modules reach, and whether it loops.
         start: another film or a picture to begin from (`start_from_video`, `start_from_picture`).
+        decode_chunk: frames that the VAE decodes at once.
 
     Returns:
         frames_FHWC: RGB.
@@ -98,7 +99,7 @@ def sample_video(
     )
     film = Film(prompt=prompt, seed=seed, concept=concept, negative_prompt=negative_prompt, control=control)
     (latents_FCHW,) = sample_latents(base, motion, [film], settings, start=start, progress=progress)
-    return decode_frames(base, latents_FCHW)
+    return decode_frames(base, latents_FCHW, chunk=decode_chunk)
 
 
 def sample_videos(
@@ -109,11 +110,12 @@ def sample_videos(
     *,
     start: Start | None = None,
     batch: int = 1,
+    decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> list[npt.NDArray[np.uint8]]:
     """Several films of different prompts, seeds and concepts: frames_FHWC of each, as `sample_latents` makes them."""
     latents = sample_latents(base, motion, films, settings, start=start, batch=batch, progress=progress)
-    return [decode_frames(base, latents_FCHW) for latents_FCHW in latents]
+    return [decode_frames(base, latents_FCHW, chunk=decode_chunk) for latents_FCHW in latents]
 
 
 @torch.inference_mode()
@@ -157,7 +159,8 @@ def _sample_batch(
     frames, windows, seeds = settings.frames, settings.windows, [film.seed for film in films]
     shape = (frames, base.unet.config.in_channels, *latent_size(base, settings.width, settings.height))
     noise_BFCHW = film_noise(seeds, shape, settings.noise, window=window, stride=window - windows.overlap)
-    scheduler = make_scheduler({**base.scheduler_config, **video_unet.motion.config.schedule}, settings.scheduler)
+    noised = {**base.scheduler_config, **video_unet.motion.config.schedule}
+    scheduler = make_scheduler(noised, settings.scheduler, seeds=seeds)
 
     with _window_model(base, video_unet, films, settings) as predict_at:
         if window == frames and windows.schedule != "looped":
@@ -207,7 +210,11 @@ def _window_model(
         return guided(predict, settings.guidance)
 
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
-    with tuned(base.unet, _folded_concept(films)), reading(base.unet, steady):
+    with (
+        at_work(base.device, base.unet, video_unet.motion),
+        tuned(base.unet, _folded_concept(films)),
+        reading(base.unet, steady),
+    ):
         yield predict_at
 
 
@@ -223,20 +230,21 @@ def _folded_concept(films: Sequence[Film]) -> Concept | None:
     return folded[0] if folded else None
 
 
-def decode_frames(base: Base, latents_FCHW: Tensor) -> npt.NDArray[np.uint8]:
+def decode_frames(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> npt.NDArray[np.uint8]:
     """Decodes a film a few frames at a time; only uint8 frames are kept.
 
     Returns:
         frames_FHWC
     """
-    return np.stack(list(decode_stream(base, latents_FCHW)))
+    return np.stack(list(decode_stream(base, latents_FCHW, chunk=chunk)))
 
 
 @torch.inference_mode()
-def decode_stream(base: Base, latents_FCHW: Tensor) -> Iterator[Frame]:
-    """frame_HWC after frame_HWC; no more than `DECODE_CHUNK` of them are in memory at once."""
-    for part_FCHW in latents_FCHW.split(DECODE_CHUNK):
-        yield from to_uint8(decode_latents(base.vae, part_FCHW))
+def decode_stream(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> Iterator[Frame]:
+    """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once."""
+    with at_work(base.device, base.vae):
+        for part_FCHW in latents_FCHW.split(chunk):
+            yield from to_uint8(decode_latents(base.vae, part_FCHW, chunk=chunk))
 
 
 def to_uint8(pixels_BCHW: Tensor) -> npt.NDArray[np.uint8]:

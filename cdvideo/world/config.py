@@ -168,6 +168,8 @@ class MotionTrainingConfig:
 
     heads: int = 3
     max_frames: int = 32
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a fraction of the memory, about a third more time."""
     loop: LoopConfig = _loop(steps=3_000, batch=32, lr=1e-3, warmup=100, sample_every=500)
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ def train_motion(config: MakeBaseConfig, device: torch.device, limits: Limits) -
     earlier = model / "motion"
     motion = load_motion(earlier, device=device) if earlier.is_dir() else build_motion(config, unet).to(device)
     motion = motion.train().requires_grad_(True)
+    motion.gradient_checkpointing = config.motion.gradient_checkpointing
     average = Average(motion, decay=loop.ema)
     optimizers = make_optimizers(motion, lr=loop.lr)
     generator = torch.Generator(device).manual_seed(config.seed)

@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from cdvideo.base.loader import TINY_BASE, load_base, weights_hash
@@ -94,3 +96,81 @@ def test_pickled_weights_are_refused(tiny_base_folder: Path, tmp_path: Path) -> 
 
 def test_tiny_lies_in_the_package() -> None:
     assert TINY_BASE.parent.name == "base" and TINY_BASE.name == "tiny"
+
+
+# stable-diffusion-v1-5 on the hub, and what other repositories have beside.
+LOADED = """
+model_index.json
+scheduler/scheduler_config.json
+text_encoder/config.json
+text_encoder/model.safetensors
+tokenizer/merges.txt
+tokenizer/special_tokens_map.json
+tokenizer/tokenizer_config.json
+tokenizer/vocab.json
+unet/config.json
+unet/diffusion_pytorch_model.safetensors
+vae/config.json
+vae/diffusion_pytorch_model.safetensors
+""".split()
+NOT_LOADED = """
+.gitattributes
+README.md
+feature_extractor/preprocessor_config.json
+safety_checker/config.json
+safety_checker/model.safetensors
+text_encoder/flax_model.msgpack
+text_encoder/model.fp16.safetensors
+text_encoder/model.onnx
+text_encoder/openvino_model.bin
+text_encoder/openvino_model.xml
+text_encoder/pytorch_model.bin
+text_encoder/pytorch_model.fp16.bin
+unet/diffusion_pytorch_model.bin
+unet/diffusion_pytorch_model.fp16.safetensors
+unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors
+unet/diffusion_pytorch_model.non_ema.safetensors
+unet/model.onnx
+unet/model.onnx_data
+v1-5-pruned-emaonly.safetensors
+v1-5-pruned.ckpt
+vae/diffusion_pytorch_model.fp16.bin
+vae/diffusion_pytorch_model.fp16.safetensors
+vae_decoder/model.onnx
+""".split()
+SHARDS = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+SHARDS += ["unet/diffusion_pytorch_model.safetensors.index.json"]
+
+
+def test_of_the_hub_only_what_is_loaded_is_fetched(
+    tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def answer(name: str, *, allow_patterns: list[str]) -> str:
+        """As the hub: of all the files only those that match; here they are the tiny base's."""
+        asked[name] = list(filter_repo_objects([*LOADED, *NOT_LOADED, *SHARDS], allow_patterns=allow_patterns))
+        for file in asked[name]:
+            if (tiny_base_folder / file).is_file():
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                shutil.copy(tiny_base_folder / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    monkeypatch.chdir(tmp_path)
+    base = load_base("stable-diffusion-v1-5/stable-diffusion-v1-5", device=CPU)
+    assert sorted(asked["stable-diffusion-v1-5/stable-diffusion-v1-5"]) == sorted([*LOADED, *SHARDS])
+    assert base.hash == weights_hash(tiny_base_folder), "enough to load it whole"
+
+
+def test_variants_beside_the_weights_do_not_matter(tiny_base_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    before = weights_hash(copy)
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert weights_hash(copy) == before
+    file.unlink()
+    with pytest.raises(UserError, match="no variant"):
+        load_base(str(copy), device=CPU)

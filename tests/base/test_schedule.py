@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.training_utils import compute_snr
 
 from cdvideo.base.schedule import (
@@ -65,9 +65,12 @@ def test_truncated_weights_keep_the_last_step_and_fall_at_clean_ones() -> None:
     assert min_snr_weights(scheduler, torch.tensor([999]))[0] == 0
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler)])
+KINDS = [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler), ("lcm", LCMScheduler)]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_a_perfect_model_is_sampled_back_to_its_picture(name: str, kind: type) -> None:
-    scheduler = make_scheduler(V_CONFIG, name)
+    scheduler = make_scheduler(V_CONFIG, name, seeds=[0])
     assert isinstance(scheduler, kind)
     picture = torch.randn(1, 4, 8, 8)
     scheduler.set_timesteps(25)
@@ -78,4 +81,18 @@ def test_a_perfect_model_is_sampled_back_to_its_picture(name: str, kind: type) -
         noise = (latents - alpha.sqrt() * picture) / (1 - alpha).sqrt()
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * picture
         latents = scheduler.step(velocity, timestep, latents).prev_sample
+    torch.testing.assert_close(latents, picture, atol=2e-2, rtol=0)
+
+
+def test_euler_brings_a_perfect_model_back_too() -> None:
+    """Its latents keep their variance: x = picture + sigma * noise."""
+    scheduler = make_scheduler(EPSILON_CONFIG, "euler")
+    assert isinstance(scheduler, EulerDiscreteScheduler)
+    picture, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps[0] == 999
+    latents = noise * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step((latents - picture) / scheduler.sigmas[index], timestep, latents).prev_sample
     torch.testing.assert_close(latents, picture, atol=2e-2, rtol=0)

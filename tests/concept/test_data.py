@@ -3,13 +3,15 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base, load_base
 from cdvideo.concept.config import SAMPLE_PICTURES, DataConfig
-from cdvideo.concept.data import augment, cache_latents, draw_mixed
+from cdvideo.concept.data import augment, cache_latents, draw_mixed, picture_side
+from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
 
 CELL, SIZE = 8, 64
@@ -136,3 +138,16 @@ def test_focus_only_takes_away_from_where_the_loss_counts(tiny_base: Base) -> No
     assert not caches[0].around_N1HW.any() and torch.equal(caches[1].around_N1HW, whole - subject)
     assert set(subject.unique().tolist()) <= {0.0, 1.0}
     assert (subject <= whole).all() and (subject.sum(dim=(1, 2, 3)) > 0).all()
+
+
+def test_pictures_are_shown_at_the_resolution_that_is_asked_for(tiny_base: Base, pictures: list[Picture]) -> None:
+    cache = cache_latents(tiny_base, pictures, DataConfig(variants=2), seed=0, resolution=72, quiet=True, **NAMES)
+    assert cache.latents_NCHW.shape == (6, 4, 9, 9) and cache.masks_N1HW.shape == (6, 1, 9, 9)
+    plain = augment(pictures[1].image, 72, DataConfig(flip=False, rescale=0), random.Random(0), cell=8)
+    assert torch.equal(cache.latents_NCHW[2], encode_pixels(tiny_base.vae, plain.pixels_CHW[None])[0])
+
+
+def test_a_resolution_between_two_latents_is_refused(tiny_base: Base) -> None:
+    assert picture_side(tiny_base, None) == 64 and picture_side(tiny_base, 72) == 72
+    with pytest.raises(UserError, match=r"resolution=100\n  allowed: multiples of 8.*\n  do: set resolution=96"):
+        picture_side(tiny_base, 100)

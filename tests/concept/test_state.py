@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +13,24 @@ from cdvideo.concept.state import TrainState, deferred_interrupt
 from cdvideo.errors import UserError
 
 
-def make_state(settings: dict[str, str]) -> TrainState:
+def make_state(settings: dict[str, str], *, side: int = 3, optimizer: Any = torch.optim.AdamW) -> TrainState:
     torch.manual_seed(0)
-    weight = torch.randn(3, 3, requires_grad=True)
+    weight, row = torch.randn(side, side, requires_grad=True), torch.randn(side, requires_grad=True)
     return TrainState(
-        {"weight": weight},
-        torch.optim.AdamW([weight], lr=0.1),
+        {"weight": weight, "row": row},
+        optimizer([weight, row], lr=0.1),
         torch.amp.GradScaler("cpu", enabled=False),
         settings,
     )
 
 
 def advance(state: TrainState, steps: int) -> None:
-    (weight,) = state.parameters.values()
+    weight, row = state.parameters.values()
     for _ in range(steps):
         state.optimizer.zero_grad()
-        (weight @ torch.arange(9.0).view(3, 3)).square().sum().backward()
+        (
+            (weight @ torch.arange(weight.numel() * 1.0).view(weight.shape)).square().sum() + row.square().sum()
+        ).backward()
         state.optimizer.step()
 
 
@@ -40,6 +44,22 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
     assert resumed.load(tmp_path / "state.safetensors") == 3
     advance(resumed, 2)
     assert torch.equal(resumed.parameters["weight"], whole.parameters["weight"])
+
+
+def test_the_state_of_an_8_bit_optimizer_is_kept_whole(tmp_path: Path) -> None:
+    make = functools.partial(
+        make_state, {"lr": "0.1"}, side=80, optimizer=pytest.importorskip("bitsandbytes.optim").AdamW8bit
+    )
+    whole, part, resumed = make(), make(), make()
+    advance(whole, 5)
+    advance(part, 3)
+    part.save(tmp_path / "state.safetensors", 3)
+    assert resumed.load(tmp_path / "state.safetensors") == 3
+    assert torch.equal(resumed.parameters["weight"], part.parameters["weight"])
+    advance(resumed, 2)
+    assert any(moments["state1"].dtype == torch.uint8 for moments in resumed.optimizer.state.values())
+    assert torch.equal(resumed.parameters["weight"], whole.parameters["weight"])
+    assert torch.equal(resumed.parameters["row"], whole.parameters["row"])
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

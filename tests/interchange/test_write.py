@@ -25,6 +25,7 @@ from cdvideo.sampling.denoise import draw_noise
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import sample_video
 from tests.interchange.parts import ADAPTERS, NEGATIVE, PROMPT, draw_with, learned, peer_parts, with_text
+from tests.interchange.test_lycoris import lycoris_file
 
 Draw = Callable[..., Tensor]
 WRITERS = {
@@ -88,6 +89,26 @@ def test_diffusers_draws_the_same_with_our_lora(
     assert (theirs - ours).abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize("form", ["loha", "lokr tucker"])
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_lycoris_that_diffusers_can_not_read_goes_there_through_us(
+    tiny_base: Base, tmp_path: Path, draw: Draw, pipeline: StableDiffusionPipeline, form: str, to: str
+) -> None:
+    lycoris_file(tiny_base, tmp_path / "theirs.safetensors", form)
+    concept = load_adapters(tiny_base, [(tmp_path / "theirs.safetensors", 1.0)])
+    written(tiny_base, concept, tmp_path / to, to)
+    ours, plain = draw(concept), draw(None)
+    again = draw(load_adapters(tiny_base, [(tmp_path / to, 1.0)]))
+    pipeline.load_lora_weights(
+        tmp_path / to, weight_name="mine.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors"
+    )
+    theirs = draw_with(pipeline)
+    print(f"{form} as {to}: max abs difference of latents {(theirs - ours).abs().max():.2e}")
+    assert (ours - plain).abs().max() > 1e-2
+    assert (again - ours).abs().max() <= 1e-4
+    assert (theirs - ours).abs().max() <= 1e-3
+
+
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_the_concept_that_ships_in_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     """On the embedded base, whose own files diffusers reads: nothing here is random but the noise."""
@@ -131,16 +152,18 @@ def test_peft_reads_our_folder(tiny_base: Base, tmp_path: Path, draw: Draw, pipe
     assert (theirs - ours).abs().max() <= 1e-3
 
 
-@pytest.mark.parametrize("name", ["kv", "lora+text"])
+@pytest.mark.parametrize(
+    ("name", "to"), [("kv", "diffusers"), ("kv", "kohya"), ("dora", "diffusers"), ("lora+text", "diffusers")]
+)
 def test_diffusers_films_the_same_with_our_lora(
-    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, to: str
 ) -> None:
     concept = a_concept(tiny_base, name)
     motion = MotionModules.for_unet(tiny_base.unet, motion_num_attention_heads=2, norm_mode="diffusers")
     for parameter in motion.parameters():
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.15
     save_motion(motion, tmp_path / "motion")
-    written(tiny_base, concept, tmp_path, "diffusers")
+    written(tiny_base, concept, tmp_path, to)
 
     monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents_FCHW: latents_FCHW)
     options: dict[str, Any] = {"negative_prompt": NEGATIVE, "seed": 5, "frames": 4, "steps": 3, "guidance": 4.0}
@@ -151,7 +174,8 @@ def test_diffusers_films_the_same_with_our_lora(
     parts = {key: part for key, part in parts.items() if "safety" not in key}
     pipeline = AnimateDiffPipeline(**parts, motion_adapter=MotionAdapter.from_pretrained(tmp_path / "motion"))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    weight_name = "mine.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors"
+    pipeline.load_lora_weights(tmp_path, weight_name=weight_name)
     pipeline.load_textual_inversion(tmp_path, weight_name="sks.safetensors")
     theirs = pipeline(
         PROMPT,

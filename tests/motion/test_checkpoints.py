@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,16 +17,9 @@ from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.lora import fold_motion_lora
 from cdvideo.motion.modules import position_table
 from cdvideo.motion.video_unet import VideoUNet
+from tests.motion.animatediff_names import WIDTHS, make_adapter, official, official_lora
 
 CPU = torch.device("cpu")
-WIDTHS = (32, 64, 64, 64)  # Stable Diffusion 1.x has 320, 640, 1280, 1280
-SHAPES: dict[str, dict[str, Any]] = {
-    "v1": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
-    "v2": {"motion_max_seq_length": 32, "use_motion_mid_block": True},
-    "v3": {"motion_max_seq_length": 32, "use_motion_mid_block": False},
-    "sdxl": {"motion_max_seq_length": 32, "use_motion_mid_block": False, "block_out_channels": WIDTHS[:3]},
-}
-
 # As mm_sd_v15_v2.ckpt names them: what a motion module has, and modules of each kind of block.
 OFFICIAL = """
 down_blocks.0.motion_modules.0.temporal_transformer.norm.weight
@@ -50,44 +44,6 @@ down_blocks.3.motion_modules.1.temporal_transformer.proj_out.bias
 up_blocks.3.motion_modules.2.temporal_transformer.proj_out.bias
 mid_block.motion_modules.0.temporal_transformer.norm.weight
 """.split()
-
-
-def make_adapter(version: str) -> MotionAdapter:
-    torch.manual_seed(0)
-    adapter = MotionAdapter(**{"block_out_channels": WIDTHS, "motion_num_attention_heads": 8, **SHAPES[version]})
-    for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return adapter
-
-
-def official(adapter: MotionAdapter) -> dict[str, Tensor]:
-    """The adapter's weights under AnimateDiff's own names."""
-    weights: dict[str, Tensor] = {}
-    for key, tensor in adapter.state_dict().items():
-        place, _, rest = key.partition(".motion_modules.")
-        number, _, rest = rest.partition(".")
-        for new, old in [("attn1.", "attention_blocks.0."), ("attn2.", "attention_blocks.1."), ("norm3.", "ff_norm.")]:
-            rest = rest.replace(f".{new}", f".{old}")
-        rest = rest.replace(".norm1.", ".norms.0.").replace(".norm2.", ".norms.1.")
-        name = f"{place}.motion_modules.{number}.temporal_transformer.{rest}"
-        if name.endswith("pos_embed.pe"):
-            stem = name.removesuffix("pos_embed.pe")
-            weights |= {f"{stem}attention_blocks.{i}.pos_encoder.pe": tensor.clone() for i in (0, 1)}
-        else:
-            weights[name] = tensor
-    return weights
-
-
-def official_lora(adapter: MotionAdapter, rank: int = 2) -> dict[str, Tensor]:
-    """A motion LoRA under the names of v2_lora_ZoomIn.ckpt."""
-    lora = {}
-    for key, tensor in official(adapter).items():
-        stem, projection, _ = key.partition(".to_")
-        if projection and key.endswith("weight"):
-            name = f"{stem}.processor.to_{key.partition('.to_')[2].split('.')[0]}_lora"
-            lora[f"{name}.down.weight"] = torch.randn(rank, tensor.shape[1])
-            lora[f"{name}.up.weight"] = torch.randn(tensor.shape[0], rank)
-    return lora
 
 
 def assert_equals(motion: torch.nn.Module, adapter: MotionAdapter) -> None:
@@ -164,6 +120,7 @@ def test_versions_are_told_by_their_keys(
     assert said in reports[0]
     assert (motion.max_frames, config.joint_image_norms, config.norm_mode) == (frames, joint, "original")
     assert config.schedule["beta_schedule"] == "linear" and config.schedule.get("timestep_spacing") == spacing
+    assert ("made for 4 steps of euler with guidance 1" in reports[0]) == (spacing is not None)
 
 
 def test_lightning_in_diffusers_keys(tmp_path: Path) -> None:
@@ -204,6 +161,38 @@ def test_a_file_gives_the_film_that_the_folder_gives(tmp_path: Path, image_unet:
     films = [VideoUNet(image_unet, load_motion(path, device=CPU))(latents_BFCHW, 10, text_BLD) for path in paths]
     assert torch.equal(*films)
     assert films[0].std() > 0.01
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [
+        ("v1", "mm_sd_v15.ckpt"),
+        ("v2", "mm_sd_v15_v2.ckpt"),
+        ("v3", "v3_sd15_mm.ckpt"),
+        ("v2", "animatediff_lightning_4step_comfyui.safetensors"),
+        ("v2", "AnimateLCM_sd15_t2v.ckpt"),
+    ],
+)
+@torch.no_grad()
+def test_every_file_is_what_diffusers_makes_of_its_weights(
+    tmp_path: Path, image_unet: UNet2DConditionModel, version: str, file: str
+) -> None:
+    """Against UNetMotionModel, whose GroupNorms are the motion modules' joint and the image model's per frame."""
+    adapter = make_adapter(version)
+    weights = official(adapter)
+    if "LCM" in file:
+        weights = {name: tensor for name, tensor in weights.items() if "pos_encoder" not in name}
+    motion = load_motion(write(tmp_path / file, weights), device=CPU, norm_mode="diffusers")
+    motion.config = replace(motion.config, joint_image_norms=False)
+    latents_BFCHW, text_BLD = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 5, 24)
+    ours = VideoUNet(image_unet, motion)(latents_BFCHW, 10, text_BLD)
+    peer = UNetMotionModel.from_unet2d(image_unet, adapter).eval()
+    text_NLD = text_BLD.repeat_interleave(3, dim=0)
+    theirs = peer(latents_BFCHW.transpose(1, 2), 10, text_NLD).sample.transpose(1, 2)
+    still = image_unet(latents_BFCHW.flatten(0, 1), 10, text_NLD).sample.unflatten(0, (1, 3))
+    assert (ours - still).abs().max() > 1e-2, "motion has an effect"
+    assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_the_whole_unet_that_animatediffs_training_saves(tmp_path: Path, image_unet: UNet2DConditionModel) -> None:

@@ -160,3 +160,36 @@ def test_a_film_of_one_frame_has_the_same_norms_either_way() -> None:
     one_frame = latents_BFCHW[:, :1]
     assert (apart(one_frame, 10, text_BLD) - joint(one_frame, 10, text_BLD)).abs().max() <= 1e-5
     assert (apart(latents_BFCHW, 10, text_BLD) - joint(latents_BFCHW, 10, text_BLD)).abs().max() > 1e-3
+
+
+def gradients(motion: MotionModules, video_unet: VideoUNet) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients of all motion weights, and how many numbers were kept for them."""
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    latents_BFCHW, text_BLD = make_inputs(frames=3, films=2)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = video_unet(latents_BFCHW, torch.tensor([10, 500]), text_BLD).square().mean()
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in motion.named_parameters() if parameter.grad is not None}
+    motion.zero_grad()
+    return found, kept
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("mid_block", [False, True])
+def test_gradient_checkpointing_changes_memory_alone(joint: bool, mid_block: bool) -> None:
+    unet = make_unet()
+    motion = make_motion(unet, joint_image_norms=joint, use_motion_mid_block=mid_block)
+    video_unet = VideoUNet(unet, motion)
+    plain, kept = gradients(motion, video_unet)
+    motion.gradient_checkpointing = True
+    checkpointed, kept_then = gradients(motion, video_unet)
+    assert plain.keys() == checkpointed.keys() == dict(motion.named_parameters()).keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    assert any(gradient.abs().max() > 1e-6 for gradient in plain.values())
+    assert kept_then < 0.3 * kept

@@ -123,6 +123,49 @@ def test_film_is_what_the_sampler_makes(base_folder: Path, workplace: Path) -> N
         assert film.n_frames == 3
 
 
+def test_saving_memory_changes_no_frame(base_folder: Path, workplace: Path) -> None:
+    save_tiny_concept(base_folder, workplace / "one.safetensors")
+    save_tiny_concept(base_folder, workplace / "two.safetensors", token="tom")
+    flags = [
+        "--prompt",
+        PROMPT,
+        "--base",
+        str(base_folder),
+        "--concept",
+        "one.safetensors,two.safetensors",
+        *QUICK,
+        "--format",
+        "gif",
+    ]
+    assert run_main(main, [*flags, "--out", "plain"]) == 0
+    assert run_main(main, [*flags, "--out", "offloaded", "--offload"]) == 0
+    names = {path.name for path in Path("plain").iterdir()}
+    assert names == {path.name for path in Path("offloaded").iterdir()}
+    assert all((Path("plain") / name).read_bytes() == (Path("offloaded") / name).read_bytes() for name in names)
+
+
+def test_large_pictures_can_be_decoded_in_tiles(base_folder: Path, workplace: Path) -> None:
+    flags = [
+        "--prompt",
+        "a dog",
+        "--base",
+        str(base_folder),
+        "--still",
+        "--steps",
+        "1",
+        "width=576",
+        "height=64",
+        "watch_size=0",
+    ]
+    pictures = []
+    for tiling in ("false", "true"):
+        assert run_main(main, [*flags, "--out", tiling, f"vae_tiling={tiling}", "decode_chunk=1"]) == 0
+        pictures.append(iio.imread(Path(tiling) / "a-dog-0.png").astype(int))
+    assert pictures[0].shape == (64, 576, 3)
+    difference = np.abs(pictures[0] - pictures[1])
+    assert difference.max() > 0 and difference.mean() < 5
+
+
 def test_every_film_has_its_own_seed(base_folder: Path, workplace: Path) -> None:
     assert call(base_folder, "--concept", "none", "--format", "webp", "--num-videos", "2", "--seed", "5") == 0
     assert call(base_folder, "--concept", "none", "--format", "webp", "--seed", "6", "--out", "again") == 0

@@ -57,6 +57,17 @@ def test_a_run_leaves_everything_that_it_promises(
     assert "concept.safetensors" in said and "done in" in said and "peak memory" in said
 
 
+def test_a_run_at_another_resolution_learns_and_draws_at_it(tmp_path: Path, flags: list[str], tiny_base: Base) -> None:
+    flags = [flag for flag in flags if flag != "sample.every=0"]
+    settings = ["resolution=80", "sample.steps=1", "sample.prompts=['a {}']", "preserve.prior_weight=1"]
+    assert run_main(train_concept_main, [*flags, *settings, "preserve.prior_images=1", "--quiet"]) == 0
+    folder = tmp_path / "runs" / "rex"
+    concept = load_concept(folder / "concept.safetensors", base=tiny_base)
+    assert concept.metadata.resolution == 80
+    with Image.open(folder / "prior" / "dog" / "0000.png") as drawn:
+        assert drawn.size == (80, 80)
+
+
 def test_later_runs_leave_earlier_results_whole(tmp_path: Path, flags: list[str]) -> None:
     assert run_main(train_concept_main, [*flags, "--quiet"]) == 0
     first = (tmp_path / "runs" / "rex" / "concept.safetensors").read_bytes()
@@ -84,6 +95,8 @@ def test_quiet_prints_nothing(flags: list[str], capfd: pytest.CaptureFixture[str
         (["--base", "no/such/base"], "base 'no/such/base'"),
         (["optim.lr=fast", "semantics.weight=1"], "2 faults in the settings"),
         (["--device", "abacus"], "device 'abacus'"),
+        (["resolution=100"], "resolution=100"),
+        (["--device", "cpu", "optim.optimizer=adamw8bit"], "optim.optimizer=adamw8bit on cpu"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--resume"], "to resume"),
     ],

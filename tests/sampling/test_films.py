@@ -183,7 +183,11 @@ def several(concept: Concept) -> list[Film]:
     ]
 
 
-@pytest.mark.parametrize("settings", [QUICK, dataclasses.replace(QUICK, frames=11)], ids=["at once", "in windows"])
+@pytest.mark.parametrize(
+    "settings",
+    [QUICK, dataclasses.replace(QUICK, frames=11), dataclasses.replace(QUICK, scheduler="lcm")],
+    ids=["at once", "in windows", "lcm"],
+)
 def test_each_film_of_a_batch_equals_the_one_made_alone(
     tiny_base: Base, tiny_motion: MotionModules, tiny_concept: Concept, settings: FilmSettings
 ) -> None:
@@ -326,7 +330,7 @@ def test_a_clip_shorter_than_the_film_is_told(tiny_base: Base) -> None:
         start_from_video(tiny_base, clip(5), frames=6, height=64, width=64, strength=0.5)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler", "lcm"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_a_picture_becomes_the_first_frame(
     tiny_base: Base, tiny_motion: MotionModules, scheduler: Any, strength: float

@@ -1,0 +1,224 @@
+"""How much memory something will take, reckoned before any weight is read.
+
+A model is built from its config alone on torch's meta device, where tensors have shapes and no numbers, and the very
+code that will run later runs there, while all tensors that live at once are added up. So gradients, checkpoints,
+temporary tensors and the optimizer's state are counted and not guessed. What is not seen is what kernels and the
+allocator take for themselves; `WORKSPACE` stands for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from cdvideo.base.checkpoint import read_tensors
+from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, UNET, VAE, count, unet_config, vae_config
+from cdvideo.base.loader import PARTS, Base, find_base
+from cdvideo.base.single_file import load_clip_tokenizer
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+WORKSPACE = 0.3e9  # of kernels and the allocator; measured on the CPU (0.1 to 0.25), on CUDA an assumption
+ROOMY = 30  # times the weights: a reckoning takes seconds, and any usual settings fit
+
+Needs = Mapping[str, int]  # what is done -> the most bytes it takes on the device
+
+
+class Meter(TorchDispatchMode):
+    """Adds up what tensors made within the block take. `live`: bytes now; `peak`: the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+
+        def free(_: object) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Within the block, what is computed on the meta device is metered, on the assumption of fused attention.
+
+    The meta device takes attention apart into products that no fused kernel ever stores.
+    """
+    plain = F.scaled_dot_product_attention
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # keeps the same tensors as CUDA's
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if query.device != META:
+            return plain(query, key, value, attn_mask, **options)
+        return kernel(query, key, value, 0.0, options.get("is_causal", False), attn_mask=attn_mask)[0]
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused), Meter() as meter:
+        yield meter
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of the modules' weights."""
+    tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def base_from_configs(name: str, *, device: torch.device = META, dtype: torch.dtype) -> Base | None:
+    """A base as its configs, or a single file's header, describe it; no weight is read.
+
+    Args:
+        name: As in `load_base`.
+        device: META to reckon with; on another one its weights are random.
+
+    Returns:
+        None where it is of a kind that can not be reckoned with (SDXL), or not whole, which `load_base` will tell.
+    """
+    path = find_base(name)
+    if path.is_dir():
+        whole = all((path / part / "config.json").is_file() for part in PARTS[:3])
+        if not whole or (path / "text_encoder_2").is_dir():
+            return None
+        shapes = {part: json.loads((path / part / "config.json").read_text()) for part in PARTS[:3]}
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
+        scheduler = dict(DDIMScheduler.load_config(path, subfolder="scheduler"))
+    else:
+        tensors = read_tensors(path)  # mapped, not read
+        if not all(any(name.startswith(part) for name in tensors) for part in (UNET, VAE, (CLIP, OPEN_CLIP))):
+            return None
+        shapes = {"unet": unet_config(tensors), "vae": vae_config(tensors), "text_encoder": _text_shape(tensors)}
+        tokenizer, scheduler = load_clip_tokenizer(pad_token="<|endoftext|>"), {**SCHEDULER}
+    tiny = shapes["vae"].get("_class_name") == "AutoencoderTiny"
+    if tiny:  # it writes this into its config, and warns of it when it reads it
+        shapes["vae"].pop("block_out_channels", None)
+    with device:
+        unet = UNet2DConditionModel.from_config(shapes["unet"])
+        vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(shapes["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(shapes["text_encoder"]))
+    base = Base(
+        name=name,
+        path=path,
+        hash="",
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler_config={"prediction_type": "epsilon", **scheduler},
+        resolution=int(unet.config.sample_size) * 2 ** (len(vae.config.block_out_channels) - 1),
+        device=device,
+        dtype=dtype,
+    )
+    for module in (unet, vae, text_encoder):
+        module.eval().requires_grad_(False)
+    return base.to(device, dtype)
+
+
+def _text_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Close enough to count the text encoder's bytes, from its table of tokens and its layers."""
+    (table,) = (tensor for name, tensor in tensors.items() if name.endswith("token_embedding.weight"))
+    vocabulary, width = table.shape
+    layers = count(tensors, rf"{re.escape(CLIP)}.*\.layers\.(\d+)\.") + count(
+        tensors, rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\."
+    )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+    }
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Of a base's file, or of its folder's weights."""
+    files = [path] if path.is_file() else [file for part in PARTS for file in (path / part).glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for the taking: the GPU's, or the computer's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def total(needs: Needs) -> int:
+    """The most that is taken at any time, with what kernels take."""
+    return max(needs.values()) + int(WORKSPACE)
+
+
+def advise(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: Callable[[Base], Needs],
+    cures: Callable[[Base], Iterator[tuple[str, Needs]]],
+    *,
+    report: Callable[[str], object] = logger.info,
+) -> bool:
+    """Tells what will be needed and what is free, and warns where it will not fit; returns whether it will.
+
+    Where the weights are less than a thirtieth of what is free, nothing is reckoned and nothing told.
+
+    Args:
+        name: Of the base, as in `load_base`.
+        needs: What is needed with a base that is on the meta device.
+        cures: Settings that take less, each on top of those before it, and what is needed with all of them. Asked only
+            where it does not fit, and only until it does.
+    """
+    free = free_bytes(device)
+    if ROOMY * _bytes_on_disk(find_base(name)) < free:
+        return True
+    base = base_from_configs(name, dtype=dtype)
+    if base is None:
+        return True
+    of_phases = needs(base)
+    needed, most = total(of_phases), max(of_phases, key=of_phases.__getitem__)
+    kind = "GPU memory" if device.type == "cuda" else "memory"
+    told = f"needs about {needed / 1e9:.1f} GB of {kind} ({most}), {free / 1e9:.1f} GB free"
+    if needed <= free:
+        report(told)
+        return True
+    settings: list[str] = []
+    for setting, then in cures(base):
+        if total(then) < needed:
+            settings.append(setting)
+            needed = total(then)
+        if needed <= free:
+            break
+    cure = f"try {' '.join(settings)} (about {needed / 1e9:.1f} GB)" if settings else "no setting makes it less"
+    logger.warning("%s: %s", told, cure)
+    return False

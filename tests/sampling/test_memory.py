@@ -1,0 +1,148 @@
+"""What is reckoned for learning and filming, and that settings said to take less do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cdvideo.base.loader import Base
+from cdvideo.base.memory import base_from_configs, total, weight_bytes
+from cdvideo.concept.config import AdapterConfig, ConceptConfig, OptimConfig, PreserveConfig, SampleConfig
+from cdvideo.config import load_config
+from cdvideo.evaluation.sd15 import write_configs
+from cdvideo.sampling.config import AnimateConfig
+from cdvideo.sampling.memory import film_cures, film_needs, training_cures, training_needs
+from cdvideo.sampling.options import Windows
+
+ROOT = Path(__file__).parents[2]
+CUDA_ITSELF = 0.5e9  # bytes that a process with CUDA takes of a card before the first tensor
+
+
+@pytest.fixture
+def outline(tiny_base_folder: Path) -> Base:
+    base = base_from_configs(str(tiny_base_folder), dtype=torch.float32)
+    assert base is not None
+    return base
+
+
+def learning(base: Base, *, on_gpu: bool = True, **settings: Any) -> int:
+    config = ConceptConfig(**{"sample": SampleConfig(every=0), **settings})
+    return training_needs(base, config, on_gpu=on_gpu)["training"]
+
+
+def test_learning_takes_the_weights_and_what_the_settings_ask(outline: Base) -> None:
+    plain = learning(outline)
+    assert plain > weight_bytes(outline.unet, outline.text_encoder)
+    assert learning(outline, on_gpu=False) == plain + weight_bytes(outline.vae)
+    assert learning(outline, optim=OptimConfig(gradient_checkpointing=True)) < plain
+    assert learning(outline, optim=OptimConfig(batch_size=1)) < plain
+    assert learning(outline, resolution=128) > 2 * plain
+    assert learning(outline, preserve=PreserveConfig(prior_weight=1)) > 1.5 * plain
+    assert learning(outline, preserve=PreserveConfig(output_weight=1)) > 1.5 * plain
+
+
+def test_eight_bits_save_six_bytes_a_weight(outline: Base) -> None:
+    """Where activations are few, so that the optimizer's step is what takes most."""
+    found = {}
+    for name in ("adamw", "adamw8bit"):
+        optim = OptimConfig(optimizer=name, batch_size=1, gradient_checkpointing=True)
+        sheets = SampleConfig(every=1, prompts=("a {}",), guidance=1)
+        config = ConceptConfig(adapter=AdapterConfig(kind="unet"), optim=optim, sample=sheets)
+        found[name] = training_needs(outline, config, on_gpu=True)["decoding contact sheets"]
+    numbers = sum(p.numel() for p in outline.unet.parameters())
+    assert found["adamw"] - found["adamw8bit"] == pytest.approx(6 * numbers, abs=6 * 32)  # but for the token's row
+
+
+@pytest.mark.parametrize("kind", ["kv", "token", "unet", "lora"])
+def test_every_kind_of_adapter_can_be_reckoned_with(outline: Base, kind: Any) -> None:
+    before = dict(outline.unet.named_parameters())
+    needed = learning(outline, adapter=AdapterConfig(kind=kind))
+    assert needed > weight_bytes(outline.unet, outline.text_encoder)
+    after = dict(outline.unet.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+
+
+def test_filming_takes_less_offloaded_and_in_smaller_chunks(outline: Base) -> None:
+    config = AnimateConfig(prompt="a dog", frames=8)
+    plain, offloaded = (film_needs(outline, config, offload=offload) for offload in (False, True))
+    assert plain.keys() == {"encoding text", "denoising", "decoding"}
+    assert all(offloaded[phase] < plain[phase] for phase in plain)
+    one = film_needs(outline, dataclasses.replace(config, decode_chunk=1), offload=False)
+    assert one["decoding"] < plain["decoding"] and one["denoising"] == plain["denoising"]
+    still = film_needs(outline, dataclasses.replace(config, still=True), offload=False)
+    assert still["denoising"] < plain["denoising"]
+    longer = film_needs(outline, dataclasses.replace(config, frames=16), offload=False)
+    assert longer["denoising"] > plain["denoising"] and longer["decoding"] == plain["decoding"]
+
+
+def test_each_cure_takes_no_more_than_the_ones_before_and_is_a_setting(tiny_base_folder: Path) -> None:
+    for on_gpu in (False, True):
+        base = base_from_configs(str(tiny_base_folder), dtype=torch.float32)
+        assert base is not None
+        config, film = ConceptConfig(), AnimateConfig(prompt="a dog", width=128, height=128)
+        first = [total(training_needs(base, config, on_gpu=on_gpu))]
+        cures = list(training_cures(base, config, on_gpu=on_gpu))
+        sizes = first + [total(needs) for _, needs in cures]
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+        settings = [setting for setting, _ in cures if not setting.startswith("--")]
+        assert load_config(ConceptConfig, overrides=settings).optim.batch_size == 1
+        assert ("optim.optimizer=adamw8bit" in settings) == on_gpu
+        names = [setting for setting, _ in film_cures(base, film, on_gpu=on_gpu)]
+        assert ("--offload" in names) == on_gpu and names[-1] == "width=64 height=64"
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tmp_path_factory.mktemp("sd15") / "base"
+    write_configs(folder)
+    base = base_from_configs(str(folder), dtype=torch.bfloat16)
+    assert base is not None
+    return base
+
+
+def presets(kind: str) -> list[Path]:
+    return sorted((ROOT / "configs" / kind).glob("*sd15_*gb.yaml"))
+
+
+def check_name(file: Path, needed: float) -> None:
+    (name,) = re.findall(r"_(\d+)gb", file.stem)
+    said = [float(found) for found in re.findall(r"(\d+\.\d) GB", file.read_text())]
+    print(f"{file.name}: {needed / 1e9:.2f} GB")
+    assert needed + CUDA_ITSELF < int(name) * 1e9
+    assert said[0] == pytest.approx(needed / 1e9, abs=0.06), "what the file says"
+
+
+@pytest.mark.slow
+def test_stable_diffusion_has_its_size(sd15: Base) -> None:
+    """As the published weights have it: 859,520,964 + 83,653,863 + 123,060,480 numbers."""
+    counts = [sum(p.numel() for p in part.parameters()) for part in (sd15.unet, sd15.vae, sd15.text_encoder)]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
+    assert sd15.resolution == 512
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", presets("concept"), ids=lambda file: file.stem)
+def test_a_preset_for_learning_fits_the_card_in_its_name(sd15: Base, file: Path) -> None:
+    check_name(file, total(training_needs(sd15, load_config(ConceptConfig, file=file), on_gpu=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", presets("animate"), ids=lambda file: file.stem)
+def test_a_preset_for_films_fits_the_card_in_its_name(sd15: Base, file: Path) -> None:
+    config = load_config(AnimateConfig, file=file, overrides=["prompt=a dog"])
+    check_name(file, total(film_needs(sd15, config, offload=config.offload)))
+
+
+def test_a_long_film_takes_what_a_window_takes(outline: Base) -> None:
+    def filming(**settings: Any) -> int:
+        config = AnimateConfig(prompt="a dog", base="tiny", **settings)
+        return film_needs(outline, config, offload=False)["denoising"]
+
+    assert filming(frames=512) == filming(frames=33) == filming(frames=16)
+    assert filming(frames=512, windows=Windows(size=8)) < filming(frames=16) < filming(frames=32)
+    assert filming(batch=2) > 1.2 * filming()
