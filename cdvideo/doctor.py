@@ -48,12 +48,6 @@ OPTIONAL = {
     "matplotlib": ("3.9", "eval", "plots of the study"),
 }
 
-TOLERANCE = {
-    "float32": 1e-5,
-    "bfloat16": 2e-2,
-    "float16": 4e-3,
-}  # largest error of attention over inputs of unit variance
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -155,21 +149,19 @@ def _cpu() -> str:
 
 
 def attention(found: Sequence[torch.device]) -> Iterator[Finding]:
-    """Every way to compute attention, against the formula."""
+    """Every way to compute attention (cdvideo/attention.py), against the formula."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from cdvideo.attention import BACKENDS, check_backend
 
     for device in found:
         dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [torch.float16, torch.bfloat16]
         for dtype in dtypes:
             name = f"SDPA {device} {str(dtype).removeprefix('torch.')}"
-            yield tried("attention", name, partial(check_attention, _sdpa, device, dtype), mend="pip install -U torch")
-        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+            yield tried("attention", name, partial(check_backend, "sdpa", device, dtype), mend="pip install -U torch")
+        kernels = [name for name in BACKENDS if name not in ("sdpa", "xformers")]
         for kernel in kernels if device.type == "cuda" else []:
-            with sdpa_kernel(kernel):
-                finding = tried(
-                    "attention", f"  {kernel.name.lower()}", partial(check_attention, _sdpa, device, dtypes[0])
-                )
+            finding = tried("attention", f"  {kernel}", partial(check_backend, kernel, device, dtypes[0]))
             # SDPA takes another kernel where one of them does not run.
             yield finding if finding.state == "ok" else Finding("attention", finding.name, "unused", finding.detail)
     yield _xformers([device for device in found if device.type == "cuda"])
@@ -182,51 +174,23 @@ def _xformers(gpus: Sequence[torch.device]) -> Finding:
         return Finding("attention", "xformers", "optional", "not installed; SDPA serves", "pip install 'cdvideo[gpu]'")
     import torch
 
+    from cdvideo.attention import check_backend
+
     return tried(
         "attention",
         f"xformers {version('xformers')}",
-        partial(check_attention, _xformers_attention, gpus[0], torch.float16),
+        partial(check_backend, "xformers", gpus[0], torch.float16),
         mend="pip install -U xformers, in the release made for this torch; or pip uninstall xformers",
     )
 
 
-Attention = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
-
-
-def check_attention(attend: Attention, device: torch.device, dtype: torch.dtype) -> str:
-    """Compares with softmax(q k^T / sqrt(E)) v (arXiv 1706.03762, equation 1) in float32; tells the largest error.
-
-    Raises:
-        ValueError: the error is larger than rounding explains.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 64, 40, generator=generator).to(device, dtype) for _ in range(3))
-    expected = torch.softmax(q.float() @ k.float().transpose(-1, -2) / 40**0.5, dim=-1) @ v.float()
-    error = (attend(q, k, v).float() - expected).abs().max().item()
-    if not error <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        raise ValueError(f"wrong by {error:.1e}")
-    return f"largest error {error:.1e}"
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    import torch.nn.functional as F
-
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def _xformers_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Heads in a dimension of their own: folded into the batch they would exceed what its kernels can count."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(*(tensor.transpose(1, 2).contiguous() for tensor in (q, k, v))).transpose(1, 2)
+_FORMATS = {".mp4": "imageio-ffmpeg", ".webm": "imageio-ffmpeg", ".gif": "pillow", ".webp": "pillow"}
 
 
 def codecs() -> Iterator[Finding]:
     """Writes a film in each format and reads it back."""
     with tempfile.TemporaryDirectory() as folder:
-        for suffix, packages_of in ((".mp4", "imageio-ffmpeg"), (".gif", "pillow"), (".webp", "pillow")):
+        for suffix, packages_of in _FORMATS.items():
             film = Path(folder) / f"film{suffix}"
             mend = f"pip install --force-reinstall imageio {packages_of}"
             yield tried("codecs", suffix[1:], partial(write_and_read, film), mend=mend)
@@ -249,7 +213,7 @@ def write_and_read(path: Path) -> str:
 
     frames_FHWC = np.repeat(np.arange(20, 244, 28, dtype=np.uint8), 64 * 64 * 3).reshape(8, 64, 64, 3)
     write_video(frames_FHWC, path, fps=8, metadata={})
-    plugin = "FFMPEG" if path.suffix == ".mp4" else "pillow"
+    plugin = "FFMPEG" if _FORMATS[path.suffix] == "imageio-ffmpeg" else "pillow"
     read_FHWC = np.stack([frame[..., :3] for frame in iio.imiter(path, plugin=plugin)])
     if read_FHWC.shape != frames_FHWC.shape or np.abs(read_FHWC.astype(int) - frames_FHWC).max() > 8:
         raise ValueError(f"frames of {read_FHWC.shape} came back, and differ from those written")

@@ -121,10 +121,16 @@ def _sampler(base: Base, config: ConceptConfig) -> Sampler:
 
     def sample(concept: Concept, prompts: Sequence[str]) -> Tensor:
         seeds = range(config.sample.seed, config.sample.seed + len(prompts))
-        steps, guidance = config.sample.steps, config.sample.guidance
-        side = config.resolution
         return sample_images(
-            base, prompts, seeds=seeds, concept=concept, steps=steps, guidance=guidance, width=side, height=side
+            base,
+            prompts,
+            seeds=seeds,
+            concept=concept,
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
+            width=config.resolution,
+            height=config.resolution,
+            decode_chunk=1,  # decoding takes more memory than learning else
         )
 
     return sample

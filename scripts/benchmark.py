@@ -1,4 +1,4 @@
-"""Time things against their peers: `training-step`, `memory`."""
+"""Time things against their peers: `sampler`, `decode`, `length`, `training-step`, `memory`."""
 
 import sys
 

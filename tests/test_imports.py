@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cdvideo"
 
 # Each part, and the parts it may import besides itself, lowest first. Scripts and tests may import all.
 GROUND = {"errors", "config"}
-TOOLS = GROUND | {"cli", "runs", "device", "media"}
+TOOLS = GROUND | {"cli", "runs", "device", "media", "attention"}
 SAMPLING = TOOLS | {"base", "concept", "motion", "interchange", "sampling"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": GROUND | {"cpu"},
     "runs": GROUND,
     "device": GROUND,
+    "attention": GROUND,
     "media": GROUND | {"runs"},
     "base": TOOLS,
     "concept": TOOLS | {"base"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "interchange": TOOLS | {"base", "concept", "motion"},
     "sampling": SAMPLING,
     "world": TOOLS | {"base", "motion"},
-    "evaluation": SAMPLING | {"world"},
+    "evaluation": SAMPLING | {"world", "cpu"},
     "web": SAMPLING,
     "doctor": TOOLS | {"base"},
     "recipes": SAMPLING,

@@ -34,7 +34,7 @@ from cdvideo.base.single_file import load_clip_tokenizer
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
-WORKSPACE = 0.3e9  # of kernels and the allocator; measured on the CPU (0.1 to 0.25), on CUDA an assumption
+WORKSPACE = 0.3e9  # of kernels and the allocator: 0.03 to 0.42 on the CPU in six trainings; on CUDA an assumption
 ROOMY = 30  # times the weights: a reckoning takes seconds, and any usual settings fit
 
 Needs = Mapping[str, int]  # what is done -> the most bytes it takes on the device

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
+from cdvideo.cli import config_from_flags, print_usage_footer
 from cdvideo.concept.config import SAMPLE_PICTURES, ConceptConfig
 from cdvideo.config import check, load_config
 from cdvideo.media.images import read_pictures
@@ -61,21 +60,22 @@ class MemoryConfig:
         return load_config(ConceptConfig, overrides=[*ours, *self.settings, *fixed])
 
 
-def memory_main(argv: Sequence[str]) -> None:
+def memory_flags(parser: ArgumentParser) -> None:
+    """Flags of its own."""
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (6)")
+    parser.add_argument("--resolution", type=int, metavar="N", help="side in pixels (the base's own)")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of the film; 0 leaves it out (16)")
+    parser.add_argument("--offload", action="store_true", help="film with models on the GPU only while they work")
+
+
+def run_memory(args: Namespace) -> None:
     """Measures peak memory and seconds a step of learning K and V, and of a film, and sets the estimate beside them.
 
     Raises:
         UserError: wrong settings.
     """
     start = time.perf_counter()
-    parser = ArgumentParser(prog="benchmark.py memory", description=memory_main.__doc__, allow_abbrev=False)
-    parser.add_argument("--base", metavar="NAME", help="random-sd15 (Stable Diffusion 1.5's size), tiny, or a folder")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps (6)")
-    parser.add_argument("--resolution", type=int, metavar="N", help="side in pixels (the base's own)")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of the film; 0 leaves it out (16)")
-    parser.add_argument("--offload", action="store_true", help="film with models on the GPU only while they work")
-    add_common_flags(parser, resume=False)
-    config = config_from_flags(MemoryConfig, parser.parse_intermixed_args(argv))
+    config = config_from_flags(MemoryConfig, args)
     concept_config = config.concept_config
     require_writable(config.out)
     pictures = read_pictures(SAMPLE_PICTURES)

@@ -28,6 +28,7 @@ from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, create_run
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.memory import film_needs, training_needs
+from cdvideo.sampling.sampler import settled
 from cdvideo.sampling.video import sample_video
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -59,9 +60,11 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
         else:
             base = load_base(name, device=device, dtype=dtype)
         _rest(base, ("vae",))
-        result = {"training": _training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))}
+        result: dict[str, Any] = {
+            "training": _training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))
+        }
         if config.frames:
-            film = AnimateConfig(
+            asked = AnimateConfig(
                 prompt="a dog",
                 frames=config.frames,
                 steps=config.film_steps,
@@ -69,6 +72,7 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
                 height=config.resolution,
                 offload=config.offload,
             )
+            film = settled(asked, None)
             _rest(base, HASHED_PARTS if config.offload else ())
             needs = film_needs(outline, film, offload=config.offload and on_gpu)
             result["film"] = _film(base, film, needs)
@@ -137,7 +141,7 @@ def _film(base: Base, config: AnimateConfig, needs: Needs) -> dict[str, Any]:
 
     def film() -> None:
         options: dict[str, Any] = {"steps": config.steps, "guidance": config.guidance, "frames": config.frames}
-        size = {"width": config.width, "height": config.height}
+        size: dict[str, Any] = {"width": config.width, "height": config.height}
         sample_video(base, motion, config.prompt, seed=0, decode_chunk=config.decode_chunk, **size, **options)
 
     standing = weight_bytes(base.unet, base.vae, base.text_encoder, motion)

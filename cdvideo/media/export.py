@@ -1,12 +1,18 @@
-"""Frames out: mp4, gif and webp, each whole or not at all, with the settings that made them inside."""
+"""Frames out: mp4, webm, gif, webp and PNGs, each whole or not at all, with the settings that made them inside."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,44 +20,65 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cdvideo.errors import UserError
-from cdvideo.runs import atomic_path
+from cdvideo.media.ffmpeg import Codec, encode
+from cdvideo.runs import atomic_path, require_writable
 
 Frame: TypeAlias = npt.NDArray[np.uint8]  # frame_HWC, RGB
 Metadata: TypeAlias = Mapping[str, str | int | float | bool | None]
 
+Dither: TypeAlias = Literal["none", "ordered", "diffusion"]
+
+_PALETTE_STEP = 16  # levels between neighbouring colours of a palette of 256, roughly, in a film of few hues
 _EXIF_DESCRIPTION = 0x010E
 _EXIF_SOFTWARE = 0x0131
 
 
-def write_video(frames: Iterable[Frame], path: Path, *, fps: float, metadata: Metadata) -> None:
-    """Writes a film in the format of the path's suffix: .mp4, .gif or .webp.
+def write_video(
+    frames: Iterable[Frame],
+    path: Path,
+    *,
+    fps: float,
+    metadata: Metadata,
+    codec: Codec = "h264",
+    dither: Dither = "none",
+) -> None:
+    """Writes a film in the format of the path's suffix: .mp4, .webm, .gif, .webp; without one, a folder of PNGs.
 
     Args:
-        frames: frame_HWC, uint8 RGB, all of one size; an mp4 takes them one by one and never holds the film.
+        frames: frame_HWC, uint8 RGB, all of one size; an mp4, a webm and PNGs take them one by one, and never hold the
+            film. In an mp4 or webm of odd sides the last row or column is repeated.
         fps: frames a second.
         metadata: settings that made the film, for the file's comment; `prompt` becomes the title too.
+        codec: of an mp4: "h264", which plays everywhere, or the smaller "hevc" and "av1".
+        dither: of a gif's 256 colours: "none", "ordered" (a pattern that stands still), or "diffusion" (finer, but its
+            grain crawls from frame to frame).
 
     Raises:
-        UserError: another suffix, no frame, or a folder that can not be written.
+        UserError: another suffix, no frame, no encoder for the codec, or a folder that can not be written.
     """
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}
+    writers: dict[str, Callable[[Iterator[Frame], Path, float, Metadata], None]] = {
+        ".mp4": partial(_write_encoded, codec=codec, options=("-movflags", "+faststart")),  # plays while it loads
+        ".webm": partial(_write_encoded, codec="vp9"),
+        ".gif": partial(_write_gif, dither=dither),
+        ".webp": _write_webp,
+        "": _write_folder,
+    }
     if path.suffix not in writers:
-        raise UserError(f"film {path.name}", allowed=", ".join(writers), do="choose one of these formats")
+        allowed = f"{', '.join(filter(None, writers))}, or no suffix for a folder of PNGs"
+        raise UserError(f"film {path.name}", allowed=allowed, do="choose one of these formats")
     iterator = iter(frames)
     first = next(iterator, None)
     if first is None:
         raise UserError(f"film {path.name} of 0 frames", allowed="at least 1 frame", do="ask for more frames")
-    with atomic_path(path) as part:
+    place = atomic_path if path.suffix else _atomic_folder
+    with place(path) as part:
         writers[path.suffix](chain([first], iterator), part, fps, metadata)
 
 
 def write_picture(frame: Frame, path: Path, *, metadata: Metadata) -> None:
     """Writes a PNG with the settings in its text chunks."""
-    text = PngInfo()
-    text.add_itxt("Title", str(metadata.get("prompt", "")))
-    text.add_itxt("Comment", _as_json(metadata))
     with atomic_path(path) as part:
-        Image.fromarray(frame).save(part, pnginfo=text)
+        Image.fromarray(frame).save(part, pnginfo=_png_text(metadata))
 
 
 def write_settings(path: Path, metadata: Metadata) -> None:
@@ -101,41 +128,55 @@ def pad_to_even(frame: Frame) -> Frame:
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _write_mp4(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata) -> None:
-    """H.264, 4:2:0, index in front: what every browser plays. Colours are tagged, since players guess otherwise."""
-    import imageio_ffmpeg
+def _write_encoded(
+    frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata, *, codec: Codec, options: Sequence[str] = ()
+) -> None:
+    title = ["-metadata", f"title={metadata.get('prompt', '')}", "-metadata", f"comment={_as_json(metadata)}"]
+    encode(map(pad_to_even, frames), path, fps=fps, codec=codec, options=[*options, *title])
 
-    first = pad_to_even(next(frames))
-    options = ["-crf", "16", "-preset", "slow", "-movflags", "+faststart"]
-    tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-    options += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,{tags}"]
-    options += ["-metadata", f"title={metadata.get('prompt', '')}", "-metadata", f"comment={_as_json(metadata)}"]
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (first.shape[1], first.shape[0]),
-        fps=fps,
-        codec="libx264",
-        quality=None,
-        pix_fmt_in="rgb24",
-        pix_fmt_out="yuv420p",
-        macro_block_size=1,
-        output_params=options,
-        ffmpeg_log_level="error",
-    )
-    writer.send(None)
+
+def _write_folder(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata) -> None:
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{index:05d}.png", pnginfo=_png_text({**metadata, "fps": fps}))
+
+
+@contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder of frames; an earlier one gives way, a folder of anything else does not."""
+    if path.exists() and not (
+        path.is_dir() and all(re.fullmatch(r"\d{5,}\.png", file.name) for file in path.iterdir())
+    ):
+        raise UserError(
+            f"{path} holds something else than a film's frames",
+            allowed="a folder that does not exist yet, or one of frames alone",
+            do="move it away, or name another folder with --out",
+        )
+    require_writable(path.parent)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
     try:
-        for frame in chain([first], map(pad_to_even, frames)):
-            assert frame.shape == first.shape, f"a frame of {frame.shape} in a film of {first.shape}"
-            writer.send(np.ascontiguousarray(frame))
+        yield part
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
     finally:
-        writer.close()
+        shutil.rmtree(part, ignore_errors=True)  # there only where the film was not finished
 
 
-def _write_gif(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata) -> None:
-    """One palette for the whole film and no dither: the grain of a dither would crawl from frame to frame."""
+def _png_text(metadata: Metadata) -> PngInfo:
+    text = PngInfo()
+    text.add_itxt("Title", str(metadata.get("prompt", "")))
+    text.add_itxt("Comment", _as_json(metadata))
+    return text
+
+
+def _write_gif(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata, *, dither: Dither) -> None:
+    """One palette for the whole film."""
     images = [Image.fromarray(frame) for frame in frames]
     palette = _common_palette(images)
-    indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    diffusion = Image.Dither.FLOYDSTEINBERG if dither == "diffusion" else Image.Dither.NONE
+    shown = (_raise_by_pattern(image) for image in images) if dither == "ordered" else images
+    indexed = [image.quantize(palette=palette, dither=diffusion) for image in shown]
     indexed[0].save(
         path,
         save_all=True,
@@ -146,6 +187,15 @@ def _write_gif(frames: Iterator[Frame], path: Path, fps: float, metadata: Metada
         optimize=False,
         comment=_as_json(metadata).encode("utf-8"),
     )
+
+
+def _raise_by_pattern(image: Image.Image) -> Image.Image:
+    """Ordered dither (Bayer, 1973): each pixel is raised or lowered by its place in a 4 x 4 pattern, then rounded."""
+    pattern = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
+    levels = (pattern - 7.5) / 16 * _PALETTE_STEP
+    rows, columns = (-(-side // 4) for side in (image.height, image.width))
+    field = np.tile(levels, (rows, columns))[: image.height, : image.width, None]
+    return Image.fromarray((np.asarray(image) + field).round().clip(0, 255).astype(np.uint8))
 
 
 def _common_palette(images: Sequence[Image.Image]) -> Image.Image:

@@ -90,14 +90,14 @@ def _read(file: Path, short_side: int) -> Image.Image:
     with Image.open(file) as opened:
         opened.draft(opened.mode, (short_side, short_side))  # lets a JPEG decode at a smaller size; nothing for others
         opened.load()
-        image = _to_rgb(ImageOps.exif_transpose(opened))
+        image = to_rgb(ImageOps.exif_transpose(opened))
     scale = short_side / min(image.size)
     if scale < 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

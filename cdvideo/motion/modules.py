@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from cdvideo.attention import attend
 from cdvideo.motion.config import MotionConfig, NormMode
 
 
@@ -56,7 +57,7 @@ class FrameAttention(nn.Module):
             project(tokens_PFC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed_PFC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        mixed_PFC = attend(q, k, v).transpose(1, 2).flatten(-2)
         return self.to_out(mixed_PFC)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
+from cdvideo.media.ffmpeg import find_encoder
 from cdvideo.runs import require_writable
 from cdvideo.sampling.config import FORMATS, AnimateConfig
 from cdvideo.sampling.sampler import described, settled
@@ -45,10 +46,13 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
+    for codec in config.codecs:
+        find_encoder(codec)  # before an hour of sampling
 
     from cdvideo.base.loader import HASHED_PARTS, load_base
     from cdvideo.base.memory import advise
     from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.sampling.attention import attending
     from cdvideo.sampling.memory import film_cures, film_needs
 
     device = pick_device(config.device)
@@ -72,13 +76,14 @@ def main(argv: Sequence[str]) -> None:
     _report(config)(described(config, made_for))
 
     settings = _settings(config, base, concept_name)
-    for seed, frames in _sample(config, base, concept, motion):
-        with frames:
-            written = _write(frames, config, {**settings, "seed": seed}, stem=f"{slug(config.prompt)}-{seed}")
-        if config.also_still:
-            written += _write_still(config, base, concept, {**settings, "seed": seed})
-        if not config.quiet:
-            print("wrote", *written)
+    with attending(base, config.attention):
+        for seed, frames in _sample(config, base, concept, motion):
+            with frames:
+                written = _write(frames, config, {**settings, "seed": seed}, stem=f"{slug(config.prompt)}-{seed}")
+            if config.also_still:
+                written += _write_still(config, base, concept, {**settings, "seed": seed})
+            if not config.quiet:
+                print("wrote", *written)
     if not config.quiet:
         print_usage_footer(start)
 
@@ -115,6 +120,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--also-still", action="store_true", help="a picture beside each film, from the same seed")
     parser.add_argument("--offload", action="store_true", help="keep in RAM what is not at work: less GPU memory")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
+    parser.add_argument("--codec", choices=["h264", "hevc", "av1"], help="of the mp4 (h264)")
+    parser.add_argument("--dither", choices=["none", "ordered", "diffusion"], help="of the gif (none)")
+    backends = ["sdpa", "flash", "cudnn", "efficient", "xformers"]
+    parser.add_argument("--attention", choices=backends, help="what computes attention (sdpa)")
     parser.add_argument(
         "--concept",
         metavar="FILE[:WEIGHT][,FILE...]",
@@ -307,15 +316,15 @@ def _tell_windows(config: AnimateConfig, motion: MotionModules) -> None:
 
 def _load_start(config: AnimateConfig, base: Base) -> Start | None:
     """What the films begin from, encoded."""
-    from cdvideo.sampling.pictures import read_frames, read_picture
+    from cdvideo.media.clips import iter_clip
     from cdvideo.sampling.start import start_from_picture, start_from_video
 
     start, side = config.start, base.resolution
     options: dict[str, Any] = {"frames": config.frames, "height": config.height or side, "width": config.width or side}
     if start.video is not None:
-        return start_from_video(base, read_frames(start.video), strength=start.strength or 0.6, **options)
+        return start_from_video(base, iter_clip(start.video, fps=config.fps), strength=start.strength or 0.6, **options)
     if start.image is not None:
-        picture = read_picture(start.image)
+        picture = next(iter_clip(start.image))
         return start_from_picture(base, picture, strength=start.strength or 0.7, fade=start.fade, **options)
     return None
 
@@ -328,8 +337,10 @@ def _write(frames: Spool, config: AnimateConfig, settings: Metadata, *, stem: st
     write_picture(next(enlarge(frames, config.watch_size)), paths[0], metadata=settings)
     if not config.still:
         for name in config.formats:
-            paths.append(config.out / f"{stem}.{name}")
-            write_video(enlarge(frames, config.watch_size), paths[-1], fps=config.fps, metadata=settings)
+            paths.append(config.out / (f"{stem}-png" if name == "png" else f"{stem}.{name}"))
+            large = enlarge(frames, config.watch_size)
+            options: dict[str, Any] = {"codec": config.codec, "dither": config.dither}
+            write_video(large, paths[-1], fps=config.fps, metadata=settings, **options)
         paths.append(config.out / f"{stem}-frames.png")
         write_picture(filmstrip(frames), paths[-1], metadata=settings)
     write_settings(config.out / f"{stem}.json", settings)
@@ -352,9 +363,25 @@ def _settings(
     config: AnimateConfig, base: Base, concept_name: str | None
 ) -> dict[str, str | int | float | bool | None]:
     """What made the film, for its metadata: no paths beyond names, since films travel."""
-    left_out = ("out", "device", "quiet", "num_videos", "batch", "format", "base", "motion", "motion_lora", "concept")
-    hidden = {*left_out, "also_still", "offload", *GROUPS}
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
+    left_out = (
+        "out",
+        "device",
+        "quiet",
+        "num_videos",
+        "batch",
+        "also_still",
+        "format",
+        "codec",
+        "dither",
+        "attention",
+        "base",
+        "motion",
+        "motion_lora",
+        "concept",
+        "offload",
+        *GROUPS,
+    )
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     for group in GROUPS:
         given, defaults = (dataclasses.asdict(each) for each in (getattr(config, group), getattr(_DEFAULTS, group)))
         for name in (name for name in given if given[name] != defaults[name]):

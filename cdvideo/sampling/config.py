@@ -12,7 +12,7 @@ from cdvideo.interchange.config import check_files, parse_files
 from cdvideo.sampling.keyframes import parse_prompts
 from cdvideo.sampling.options import Control, FilmSettings, Noise, StartFrom, Windows, rule
 
-FORMATS = ("mp4", "gif", "webp")
+FORMATS = ("mp4", "webm", "gif", "webp", "png")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,11 @@ class AnimateConfig:
     control: Control = Control()
     start: StartFrom = StartFrom()
     format: str = "mp4,gif"
-    """Files to write of each film, separated by commas: mp4, gif, webp."""
+    """Files to write of each film, separated by commas: mp4, webm, gif, webp, and png (a folder of frames)."""
+    codec: Literal["h264", "hevc", "av1"] = "h264"
+    """Of the mp4. h264 plays everywhere; hevc and av1 are smaller, where imageio's ffmpeg has an encoder for them."""
+    dither: Literal["none", "ordered", "diffusion"] = "none"
+    """Of the gif's 256 colours: none; a pattern that stands still; or error diffusion, whose grain crawls."""
     width: int | None = None
     height: int | None = None
     """Size in pixels that the model draws at; null is the base's own."""
@@ -80,6 +84,9 @@ class AnimateConfig:
     may have a weight: rex.safetensors,style.safetensors:0.8."""
     out: Path = Path("runs/films")
     """The folder to write into."""
+    attention: Literal["sdpa", "flash", "cudnn", "efficient", "xformers"] = "sdpa"
+    """What computes attention: torch's own choice; one of its kernels before the others; or xformers. Each is tried on
+    the device before it is used."""
     device: str = "auto"
     dtype: str = "auto"
     quiet: bool = False
@@ -158,3 +165,9 @@ class AnimateConfig:
     def formats(self) -> tuple[str, ...]:
         """The formats by name, each once."""
         return tuple(dict.fromkeys(name.strip() for name in self.format.split(",")))
+
+    @property
+    def codecs(self) -> tuple[Literal["h264", "hevc", "av1", "vp9"], ...]:
+        """What the formats are encoded with."""
+        films = () if self.still else self.formats
+        return (*((self.codec,) if "mp4" in films else ()), *(("vp9",) if "webm" in films else ()))

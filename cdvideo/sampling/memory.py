@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import DECODE_CHUNK, decode_latents
+from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.memory import Needs, metered, weight_bytes
 from cdvideo.base.text import encode_text, tokenize
@@ -37,7 +37,7 @@ def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
     needs = {"training": standing + step}
     if config.sample.every:
         prompts = len(config.sample.prompts) * len(config.phrases)
-        drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance)
+        drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance, chunk=1)
         needs["drawing contact sheets"] = standing + learned + drawing["denoising"]
         needs["decoding contact sheets"] = standing + learned + vae + drawing["decoding"]
     return needs
@@ -130,7 +130,7 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         size,
         pictures=1 if config.still else _frames_at_once(config),
         films=config.batch,
-        guidance=5.0 if config.guidance is None else config.guidance,
+        guidance=config.guidance or 5.0,  # motion modules that ask for none need less
         chunk=config.decode_chunk,
     )
     standing = 0 if offload else sum(own.values())
@@ -151,8 +151,8 @@ def _drawing(
     *,
     pictures: int,
     guidance: float,
+    chunk: int,
     films: int = 1,
-    chunk: int = DECODE_CHUNK,
 ) -> Needs:
     """What is taken besides weights in each phase of drawing so many pictures, or films of so many frames at once."""
     height, width = latent_size(base, size[1], size[0])

@@ -109,7 +109,7 @@ class StartFrom:
     """What a film begins from, besides noise."""
 
     video: Path | None = None
-    """Another film, whose layout and motion this one takes over; as long as the film, or longer."""
+    """Another film, whose layout and motion this one takes over: at this one's frames a second, and as long."""
     image: Path | None = None
     """A picture that becomes the first frame, as the base's autoencoder gives it back."""
     strength: float | None = None
@@ -121,7 +121,7 @@ class StartFrom:
     def __post_init__(self) -> None:
         check(
             (self.video is None or self.image is None, "video and image: a film begins from one of both"),
-            (self.video is None or self.video.is_file(), f"video={self.video}: no such file"),
+            (self.video is None or self.video.exists(), f"video={self.video}: no such file"),
             (self.image is None or self.image.is_file(), f"image={self.image}: no such file"),
             (self.strength is None or 0 < self.strength <= 1, f"strength={self.strength}: must be above 0, at most 1"),
             (self.strength is None or self.given, f"strength={self.strength}: is for a film that begins from another"),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from cdvideo.attention import attend
 from cdvideo.base.loader import Base
 from cdvideo.base.offload import at_work
 from cdvideo.base.text import encode_text, tokenize
@@ -97,7 +97,7 @@ class CompiledCrossAttention:
     ) -> Tensor:
         films = len(self.keys_BNLE)
         query_BNQE = _split_heads(attn.to_q(hidden_states).unflatten(0, (films, -1)).flatten(1, 2), attn.heads)
-        read_BNQE = F.scaled_dot_product_attention(query_BNQE, self.keys_BNLE, self.values_BNLE)
+        read_BNQE = attend(query_BNQE, self.keys_BNLE, self.values_BNLE)
         return attn.to_out[0](read_BNQE.transpose(1, 2).reshape(hidden_states.shape))
 
 

@@ -255,7 +255,7 @@ def test_filmstrip() -> None:
 
 
 def test_refuses_other_formats_and_empty_films(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"film\.avi[\s\S]*\.mp4, \.gif, \.webp"):
+    with pytest.raises(UserError, match=r"film\.avi[\s\S]*\.mp4, \.webm, \.gif, \.webp"):
         write_video(make_frames(), tmp_path / "film.avi", fps=8, metadata={})
     with pytest.raises(UserError, match="0 frames"):
         write_video([], tmp_path / "film.mp4", fps=8, metadata={})

@@ -247,7 +247,7 @@ def test_a_concept_whose_token_is_missing_is_warned_of(
         (["--prompt", "a dog", "--guidance", "0.5"], "guidance=0.5"),
         (["--prompt", "a dog", "--seed", "-1"], "seed=-1"),
         (["--prompt", "a dog", "--num-videos", "0"], "num_videos=0"),
-        (["--prompt", "a dog", "--format", "mp4,avi"], "format=mp4,avi: must be some of mp4, gif, webp"),
+        (["--prompt", "a dog", "--format", "mp4,avi"], "format=mp4,avi: must be some of mp4, webm, gif, webp, png"),
         (["--prompt", "a dog", "frame=8"], "did you mean frames"),
         (["--frames", "8"], "prompt: has no default"),
     ],
@@ -374,3 +374,38 @@ def test_two_concepts_share_a_film(base_folder: Path, workplace: Path) -> None:
     settings = json.loads(next((workplace / "runs" / "films").glob("*.json")).read_text())
     assert settings["concept"] == "sks + rex"
     assert call(base_folder, "--concept", "sks/concept.safetensors,sks/concept.safetensors", "--still") == 2
+
+
+def test_every_format_and_codec_from_the_command_line(base_folder: Path, workplace: Path) -> None:
+    formats = ["--format", "mp4,webm,gif,png", "--codec", "hevc", "--dither", "ordered"]
+    assert call(base_folder, "--concept", "none", *formats, "watch_size=64") == 0
+    films = workplace / "runs" / "films"
+    stem = "a-sks-dog-surfing-0"
+    assert {f"{stem}{end}" for end in (".mp4", ".webm", ".gif", "-png")} <= names(films)
+    assert names(films / f"{stem}-png") == {f"{index:05d}.png" for index in range(3)}
+    assert iio.imread(films / f"{stem}.mp4").shape == iio.imread(films / f"{stem}.webm").shape == (3, 64, 64, 3)
+
+
+def test_a_codec_without_encoder_is_told_before_anything_is_loaded(
+    base_folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cdvideo.base.loader
+    from cdvideo.media import ffmpeg
+
+    monkeypatch.setattr(cdvideo.base.loader, "load_base", _fail)
+    monkeypatch.setattr(ffmpeg, "encoder_names", lambda: frozenset({"libx264"}))
+    assert call(base_folder, "--codec", "av1") == 2
+    assert "codec av1: imageio's ffmpeg has no encoder for it" in capsys.readouterr().err
+    assert call(base_folder, "--format", "webm") == 2
+
+
+def test_attention_by_another_kernel_gives_the_same_film_and_an_absent_one_is_told(
+    base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sdpa", "flash"):
+        options = ["--format", "png", "--attention", name, "--out", name, "watch_size=0"]
+        assert call(base_folder, "--concept", "none", *options) == 0
+    first, second = (iio.imread(f"{name}/a-sks-dog-surfing-0-png/00002.png") for name in ("sdpa", "flash"))
+    assert np.abs(first.astype(int) - second).max() <= 1
+    assert call(base_folder, "--concept", "none", "--attention", "cudnn") == 2
+    assert "attention cudnn on cpu" in capsys.readouterr().err

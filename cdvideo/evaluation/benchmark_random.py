@@ -1,0 +1,66 @@
+"""Stable Diffusion 1.5 with AnimateDiff v2's motion modules, random weights: the real sizes where no weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from cdvideo.base.ldm import SCHEDULER
+from cdvideo.base.loader import Base
+from cdvideo.base.single_file import load_clip_tokenizer
+from cdvideo.evaluation.benchmark_films import RANDOM_SD15
+from cdvideo.motion.config import MotionConfig
+from cdvideo.motion.modules import MotionModules
+
+
+def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionModules]:
+    """The same weights on every call on the same device in the same dtype; never a second copy in memory.
+
+    It predicts v, unlike Stable Diffusion 1.5: what random weights predict then stays as large as a picture.
+    """
+    with init_empty_weights():
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # all else is diffusers' default
+        vae = AutoencoderKL(
+            sample_size=512,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+        motion = MotionModules(MotionConfig(norm_mode="diffusers"))
+    for module in (unet, vae, text_encoder, motion):
+        _fill(module, device, dtype)
+    base = Base(
+        name=RANDOM_SD15,
+        path=Path(RANDOM_SD15),
+        hash="random",
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=load_clip_tokenizer(pad_token="<|endoftext|>"),
+        scheduler_config={**SCHEDULER, "prediction_type": "v_prediction"},
+        resolution=512,
+        device=device,
+        dtype=dtype,
+    )
+    return base, motion
+
+
+def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Weights that keep the variance of what passes through, norms and biases that do nothing; in place."""
+    generator = torch.Generator(device).manual_seed(0)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, device=device, dtype=dtype)
+            if values.ndim > 1:
+                values.normal_(0, values[0].numel() ** -0.5, generator=generator)
+            else:
+                values.fill_(1 if name == "weight" else 0)
+            part.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    nn.Module.to(module, device, dtype).eval()  # the buffers: tables of positions, which are no random numbers

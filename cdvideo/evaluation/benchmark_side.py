@@ -1,0 +1,199 @@
+"""One side of a benchmark in a process of its own: python -m cdvideo.evaluation.benchmark_side SIDE FILM.
+
+FILM is JSON with the fields of `Film`. The process loads the side, answers with a line of JSON, and then answers each
+line that it reads: {"do": "run", "save": PATH} makes the film, {"do": "count"} makes it once more and counts its
+operations. What goes wrong is an answer too: {"error": ...}.
+
+A process of its own gives each side its own peak of memory. Both sides stay loaded, so that runs can alternate. Only
+our sides tell glibc to keep freed memory (cdvideo/cpu.py): that belongs to what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from cdvideo.base.loader import Base, load_base
+from cdvideo.cli import peak_memory_bytes
+from cdvideo.concept.concept import library_versions
+from cdvideo.cpu import keep_freed_memory
+from cdvideo.device import pick_device, pick_dtype
+from cdvideo.errors import UserError
+from cdvideo.evaluation import benchmark_peer
+from cdvideo.evaluation.benchmark_films import RANDOM_SD15, SPEEDS, Film
+from cdvideo.evaluation.benchmark_peer import Run
+from cdvideo.evaluation.benchmark_random import random_sd15
+from cdvideo.motion.files import load_motion
+from cdvideo.motion.modules import MotionModules
+from cdvideo.sampling.denoise import draw_noise, latent_size
+from cdvideo.sampling.video import decode_frames, sample_video
+
+Answer = dict[str, Any]
+
+
+def ours(film: Film, speed: str) -> Run:
+    """sample_video with a preset, its motion modules normalising as diffusers' do."""
+    assert speed in SPEEDS
+    keep_freed_memory()
+    base, motion = load_ours(film)
+
+    def run() -> Any:
+        return sample_video(
+            base,
+            motion,
+            film.prompt,
+            seed=film.seed,
+            frames=film.frames,
+            steps=film.steps,
+            guidance=film.guidance,
+            width=film.width,
+            height=film.height,
+        )
+
+    return run
+
+
+def load_ours(film: Film) -> tuple[Base, MotionModules]:
+    """The base and its motion modules, in diffusers' norm mode."""
+    device = pick_device(film.device)
+    dtype = pick_dtype(film.dtype, device)
+    if film.base == RANDOM_SD15:
+        return random_sd15(device, dtype)
+    base = load_base(film.base, device=device, dtype=dtype)
+    return base, load_motion(base.path / "motion", device=device, dtype=dtype, norm_mode="diffusers")
+
+
+def decode_ours(film: Film) -> Run:
+    """Frames as sample_video decodes them."""
+    keep_freed_memory()
+    base, latents_FCHW = load_to_decode(film)
+    return lambda: torch.inference_mode()(decode_frames)(base, latents_FCHW)
+
+
+def decode_peer(film: Film) -> Run:
+    base, latents_FCHW = load_to_decode(film)
+    return lambda: benchmark_peer.decode(base.vae, latents_FCHW)
+
+
+def load_to_decode(film: Film) -> tuple[Base, torch.Tensor]:
+    """The base, and latents of unit variance for every frame."""
+    base, _ = load_ours(film)
+    channels = base.unet.config.in_channels
+    noise_BFCHW = draw_noise([film.seed], (film.frames, channels, *latent_size(base, film.width, film.height)))
+    return base, noise_BFCHW[0].to(base.device, base.dtype)
+
+
+SIDES: dict[str, Callable[[Film], Run]] = {
+    "exact": lambda film: ours(film, "exact"),
+    "documented": benchmark_peer.documented,
+    "best": benchmark_peer.best,
+    "decode": decode_ours,
+    "decode-diffusers": decode_peer,
+}
+
+
+def run_film(run: Run, save: str) -> Answer:
+    """Makes the film once: seconds, the most memory held while it was made, and its frames in a file."""
+    cuda = torch.cuda.is_initialized()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    before = _peak_begins()
+    start = time.perf_counter()
+    frames_FHWC = run()
+    seconds = time.perf_counter() - start  # the frames are on the host: nothing is left to wait for
+    peak = peak_memory_bytes()
+    np.save(save, frames_FHWC)
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "added_bytes": None if before is None else peak - before,
+        "cuda_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+
+
+def _peak_begins() -> int | None:
+    """Lets the kernel forget the peak of memory so far (proc(5), clear_refs); returns the bytes held now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system than Linux, or not allowed: the peak of the whole process is told
+        return None
+    return peak_memory_bytes()
+
+
+def count_operations(run: Run) -> Answer:
+    """Floating-point operations of one film as this side computes it, two for each multiply-add; without compiling."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # torch's own table lacks the kernel of CPUs.
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.compiler.set_stance("force_eager"):
+        run()
+    return {"flops": counter.get_total_flops()}
+
+
+def surroundings(film: Film) -> Answer:
+    """With what and where the film is made."""
+    device = pick_device(film.device)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(pick_dtype(film.dtype, device)).removeprefix("torch."),
+        "versions": library_versions(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it, and what it computes bf16 with."""
+    table = Path("/proc/cpuinfo")
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in text.split()]
+    return " ".join([names[0] if names else platform.processor() or platform.machine(), *units])
+
+
+def main(side: str, film: Film, answers: Any) -> None:
+    """Answers every line of standard input."""
+
+    def answer(work: Callable[[], Answer]) -> None:
+        try:
+            found = work()
+        except UserError as error:
+            found = {"error": error.given}
+        except Exception as error:  # told to the process that asked, which decides what it means
+            found = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(found), file=answers, flush=True)
+
+    start = time.perf_counter()
+    runs: list[Run] = []
+
+    def load() -> Answer:
+        runs.append(SIDES[side](film))
+        return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory_bytes(), **surroundings(film)}
+
+    answer(load)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        work = partial(run_film, runs[0], asked["save"]) if asked["do"] == "run" else partial(count_operations, runs[0])
+        answer(work)
+
+
+if __name__ == "__main__":
+    with os.fdopen(os.dup(1), "w") as private, contextlib.redirect_stdout(sys.stderr):
+        os.dup2(2, 1)  # whatever a library prints must not stand among the answers
+        main(sys.argv[1], Film(**json.loads(sys.argv[2])), private)
