@@ -26,14 +26,17 @@ if TYPE_CHECKING:
     from cdvideo.media.export import write_video
     from cdvideo.motion.video_unet import VideoUNet
     from cdvideo.sampling.image import sample_images
+    from cdvideo.sampling.options import FilmSettings
     from cdvideo.sampling.prompt_kv import compile_prompts
-    from cdvideo.sampling.video import sample_video
+    from cdvideo.sampling.video import Film, sample_video, sample_videos
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Base": "base.loader",
     "Concept": "concept.concept",
+    "Film": "sampling.video",
+    "FilmSettings": "sampling.options",
     "UserError": "errors",
     "VideoUNet": "motion.video_unet",
     "compile_prompts": "sampling.prompt_kv",
@@ -42,6 +45,7 @@ _HOMES = {
     "load_config": "config",
     "sample_images": "sampling.image",
     "sample_video": "sampling.video",
+    "sample_videos": "sampling.video",
     "train_concept": "concept.trainer",
     "write_video": "media.export",
 }
@@ -49,6 +53,8 @@ _HOMES = {
 __all__ = [
     "Base",
     "Concept",
+    "Film",
+    "FilmSettings",
     "UserError",
     "VideoUNet",
     "compile_prompts",
@@ -57,6 +63,7 @@ __all__ = [
     "load_config",
     "sample_images",
     "sample_video",
+    "sample_videos",
     "train_concept",
     "write_video",
 ]

@@ -16,7 +16,6 @@ A script is its `main` and one line:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cdvideo.config import load_config
+from cdvideo.config import load_config, setting_names
 from cdvideo.cpu import prepare_cpu
 from cdvideo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 
@@ -108,19 +107,21 @@ def add_common_flags(parser: ArgumentParser, *, resume: bool = True, draws: bool
 def config_from_flags(cls: type[T], args: Namespace) -> T:
     """The config that the arguments ask for: defaults, --config over them, key=value over it, flags over all.
 
-    A flag sets the field of its name (`--class-word` sets `class_word`); other flags are left to the script.
+    A flag sets the field of its name (`--class-word` sets `class_word`), or that of its `dest`, which may stand in a
+    group (`dest="windows.size"`); other flags are left to the script.
 
     Raises:
         UserError: As `load_config`; and for a setting that is given both as a flag and as key=value.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = {*setting_names(cls)}
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     flags = {name: value for name, value in given.items() if name in names}
     twice = flags.keys() & {override.partition("=")[0].strip() for override in args.overrides}
     if twice:
         name = min(twice)
+        flag = "a flag" if "." in name else f"--{name.replace('_', '-')}"
         raise UserError(
-            f"{name} is given twice, as --{name.replace('_', '-')} and as {name}=...",
+            f"{name} is given twice, as {flag} and as {name}=...",
             allowed="one of both",
             do="remove one of both",
         )

@@ -144,7 +144,8 @@ def _build(cls: type[T], tree: Mapping[str, Any], defaults: Mapping[str, Any], p
     values = dict(defaults)
     for key, value in tree.items():
         if key not in kinds:
-            problems.append(f"{prefix}{key}: no such setting{_did_you_mean(str(key), list(_leaves(cls)), prefix)}")
+            meant = _did_you_mean(str(key), [*setting_names(cls)], prefix)
+            problems.append(f"{prefix}{key}: no such setting{meant}")
             continue
         try:
             values[key] = _convert(value, kinds[key], f"{prefix}{key}", defaults.get(key))
@@ -246,13 +247,13 @@ def _did_you_mean(key: str, names: Sequence[str], prefix: str) -> str:
     return f"; there are {', '.join(prefix + name for name in names)}"
 
 
-def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
+def setting_names(cls: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of all settings."""
     kinds = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         groups = [k for k in (kinds[field.name], *get_args(kinds[field.name])) if dataclasses.is_dataclass(k)]
         if groups:
-            yield from _leaves(groups[0], f"{prefix}{field.name}.")
+            yield from setting_names(groups[0], f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
 

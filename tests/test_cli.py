@@ -19,12 +19,19 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    size: int = 3
+    name: str = "any"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     class_word: str = "dog"
     formats: tuple[str, ...] = ("mp4",)
     steps: int = 400
     seed: int = 5
     still: bool = False
+    group: Group = Group()
     out: Path = Path("runs")
 
 
@@ -34,6 +41,7 @@ def read(*argv: str) -> Example:
     parser.add_argument("--formats", nargs="*")
     parser.add_argument("--still", action="store_true")
     parser.add_argument("--verbose")
+    parser.add_argument("--big", action="store_const", const=9, dest="group.size")
     add_common_flags(parser)
     return config_from_flags(Example, parser.parse_intermixed_args(argv))
 
@@ -46,6 +54,12 @@ def test_flags_set_the_field_of_their_name() -> None:
     given = read("--class-word", "stuffed animal", "--seed", "0", "--still", "--out", "a b", "--verbose", "yes")
     assert given == Example(class_word="stuffed animal", seed=0, still=True, out=Path("a b"))
     assert read("--formats", "mp4", "no").formats == ("mp4", "no")
+
+
+def test_flags_set_the_field_of_a_group_that_their_dest_names() -> None:
+    assert read("--big", "group.name=x").group == Group(size=9, name="x")
+    with pytest.raises(UserError, match=r"group.size is given twice, as a flag and as group.size="):
+        read("--big", "group.size=2")
 
 
 def test_settings_may_stand_anywhere_among_the_flags() -> None:
@@ -140,8 +154,10 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 # The command line is a promise to those who script it: a flag is added or taken away here first.
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
-    "animate.py": "--attention --base --codec --concept --dither --format --fps --frames --guidance --motion "
-    "--motion-lora --negative-prompt --num-videos --offload --prompt --scheduler --steps --still",
+    "animate.py": "--also-still --attention --base --batch --codec --concept --concept-frames --concept-strength "
+    "--dither --format --fps --frames --freeinit --guidance --init-image --init-video --loop --motion --motion-lora "
+    "--motion-strength --negative-prompt --noise --num-videos --offload --prompt --scheduler --steps --still "
+    "--strength --window-blend --window-overlap --window-schedule --window-size",
     "benchmark.py decode": "--base --frames --height --pairs --width",
     "benchmark.py length": "--base --height --pairs --steps --width",
     "benchmark.py sampler": "--base --frames --height --pairs --peak-tflops --peers --speed --steps --width",

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from cdvideo.concept.concept import Concept
     from cdvideo.media.export import Metadata
     from cdvideo.motion.modules import MotionModules
+    from cdvideo.sampling.denoise import Start
+    from cdvideo.sampling.spool import Spool
 
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")  # where train_concept.py leaves its concepts
+GROUPS = ("windows", "noise", "control", "start")
+_DEFAULTS = AnimateConfig(prompt="any")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,11 +75,13 @@ def main(argv: Sequence[str]) -> None:
     config = settled(config, made_for)
     _report(config)(described(config, made_for))
 
+    settings = _settings(config, base, concept_name)
     with attending(base, config.attention):
-        for seed in range(config.seed, config.seed + config.num_videos):
-            settings = {**_settings(config, base, concept_name), "seed": seed}
-            frames_FHWC = _sample(config, base, concept, motion, seed)
-            written = _write(frames_FHWC, config, settings, stem=f"{slug(config.prompt)}-{seed}")
+        for seed, frames in _sample(config, base, concept, motion):
+            with frames:
+                written = _write(frames, config, {**settings, "seed": seed}, stem=f"{slug(config.prompt)}-{seed}")
+            if config.also_still:
+                written += _write_still(config, base, concept, {**settings, "seed": seed})
             if not config.quiet:
                 print("wrote", *written)
     if not config.quiet:
@@ -92,9 +98,13 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Films a prompt, with the concept whose token stands in it.", allow_abbrev=False
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="what is to be seen; a concept's token brings the concept in")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help='what is to be seen; a concept\'s token brings the concept in; "0: TEXT | 24: TEXT" changes along the way',
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what is to be avoided")
-    parser.add_argument("--frames", type=int, metavar="N", help="length of the film (16)")
+    parser.add_argument("--frames", type=int, metavar="N", help="length of the film, as long as you like (16)")
     parser.add_argument("--fps", type=float, metavar="N", help="frames in a second (8)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (25, or as the motion modules ask)")
     parser.add_argument(
@@ -105,7 +115,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
+    parser.add_argument("--batch", type=int, metavar="N", help="films that go through the model at once (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
+    parser.add_argument("--also-still", action="store_true", help="a picture beside each film, from the same seed")
     parser.add_argument("--offload", action="store_true", help="keep in RAM what is not at work: less GPU memory")
     parser.add_argument("--format", metavar="LIST", help=f"some of {','.join(FORMATS)} (mp4,gif)")
     parser.add_argument("--codec", choices=["h264", "hevc", "av1"], help="of the mp4 (h264)")
@@ -124,8 +136,49 @@ def _parser() -> ArgumentParser:
         "--motion", metavar="PATH", help="motion modules: a folder, or AnimateDiff's .ckpt or .safetensors (the base's)"
     )
     parser.add_argument("--motion-lora", metavar="FILE[:X][,...]", help="motion LoRAs, each with its strength (none)")
+    _add_length_flags(parser)
+    _add_control_flags(parser)
     add_common_flags(parser, resume=False)
     return parser
+
+
+def _add_length_flags(parser: ArgumentParser) -> None:
+    """Flags of the groups `windows` and `noise`."""
+    group = parser.add_argument_group("long films and loops")
+    add = group.add_argument
+    add(
+        "--loop", action="store_const", const="looped", dest="windows.schedule", help="the end flows into the beginning"
+    )
+    add("--window-size", type=int, metavar="N", dest="windows.size", help="frames of a window (16)")
+    add("--window-overlap", type=int, metavar="N", dest="windows.overlap", help="frames that two windows share (4)")
+    add(
+        "--window-schedule",
+        choices=["uniform", "static", "looped"],
+        dest="windows.schedule",
+        help="moved at every step, never moved, or moved around the film's end (uniform)",
+    )
+    add("--window-blend", choices=["pyramid", "flat"], dest="windows.blend", help="how windows are averaged (pyramid)")
+    add("--noise", choices=["fresh", "freenoise"], dest="noise.kind", help="freenoise: long films of one piece (fresh)")
+    add("--freeinit", type=int, metavar="N", dest="noise.freeinit", help="times the film is made anew, steadier (0)")
+
+
+def _add_control_flags(parser: ArgumentParser) -> None:
+    """Flags of the groups `control` and `start`."""
+    add = parser.add_argument_group("what a film begins from, and how strongly motion and concept act").add_argument
+    add("--motion-strength", metavar="X", dest="control.motion_strength", help='1, or over frames "0: 0.5 | 15: 1.2"')
+    add(
+        "--concept-strength", metavar="X", dest="control.concept_strength", help='1, or over steps "0%%: 0.2 | 40%%: 1"'
+    )
+    add("--concept-frames", metavar="X", dest="control.concept_frames", help='1, or over frames "0: 0 | 15: 1"')
+    add("--init-video", type=Path, metavar="FILE", dest="start.video", help="a film to remake")
+    add("--init-image", type=Path, metavar="FILE", dest="start.image", help="a picture to begin with")
+    add(
+        "--strength",
+        type=float,
+        metavar="X",
+        dest="start.strength",
+        help="how much is made anew (0.6; 0.7 for an image)",
+    )
 
 
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
@@ -200,44 +253,110 @@ def motion_loras(text: str) -> list[tuple[Path, float]]:
 
 
 def _sample(
-    config: AnimateConfig, base: Base, concept: Concept | None, motion: MotionModules | None, seed: int
-) -> npt.NDArray[np.uint8]:
-    """One film, or a still as a film of one frame: frames_FHWC."""
-    from cdvideo.sampling.image import sample_images
-    from cdvideo.sampling.video import sample_video, to_uint8
+    config: AnimateConfig, base: Base, concept: Concept | None, motion: MotionModules | None
+) -> Iterator[tuple[int, Spool]]:
+    """Seed and frames of each film, or of each still as a film of one frame; a film is decoded when its turn comes."""
+    from cdvideo.sampling.spool import Spool
+    from cdvideo.sampling.video import Film, decode_stream, sample_latents
 
-    options: dict[str, Any] = {
-        "concept": concept,
-        "negative_prompt": config.negative_prompt,
-        "steps": config.steps,
-        "guidance": config.guidance,
-        "scheduler": config.scheduler,
-        "width": config.width,
-        "height": config.height,
-        "decode_chunk": config.decode_chunk,
-        "progress": not config.quiet,
-    }
+    seeds = range(config.seed, config.seed + config.num_videos)
     if motion is None:
-        return to_uint8(sample_images(base, [config.prompt], seeds=[seed], **options))
-    return sample_video(base, motion, config.prompt, seed=seed, frames=config.frames, **options)
+        yield from ((seed, Spool(_draw_still(config, base, concept, seed))) for seed in seeds)
+        return
+    films = [
+        Film(
+            prompt=config.prompts,
+            seed=seed,
+            concept=concept,
+            negative_prompt=config.negative_prompt,
+            control=config.control,
+        )
+        for seed in seeds
+    ]
+    _tell_windows(config, motion)
+    start = _load_start(config, base)
+    options: dict[str, Any] = {"start": start, "batch": config.batch, "progress": not config.quiet}
+    latents = sample_latents(base, motion, films, config.film_settings, **options)
+    for seed, latents_FCHW in zip(seeds, latents, strict=True):
+        yield seed, Spool(decode_stream(base, latents_FCHW, chunk=config.decode_chunk))
 
 
-def _write(frames_FHWC: npt.NDArray[np.uint8], config: AnimateConfig, settings: Metadata, *, stem: str) -> list[str]:
+def _draw_still(config: AnimateConfig, base: Base, concept: Concept | None, seed: int) -> npt.NDArray[np.uint8]:
+    """A picture as a film of one frame: frames_FHWC."""
+    from cdvideo.sampling.image import sample_images
+    from cdvideo.sampling.video import to_uint8
+
+    settings = config.film_settings
+    pixels_BCHW = sample_images(
+        base,
+        [config.prompts[min(config.prompts)]],
+        seeds=[seed],
+        concept=concept,
+        negative_prompt=config.negative_prompt,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        scheduler=settings.scheduler,
+        width=settings.width,
+        height=settings.height,
+        decode_chunk=config.decode_chunk,
+        progress=not config.quiet,
+    )
+    return to_uint8(pixels_BCHW)
+
+
+def _tell_windows(config: AnimateConfig, motion: MotionModules) -> None:
+    from cdvideo.sampling.windows import window_size, windows_at
+
+    size = window_size(config.frames, motion.max_frames, config.windows)
+    if size < config.frames:
+        count = len(windows_at(0, frames=config.frames, size=size, windows=config.windows))
+        reach = f"the motion modules reach {motion.max_frames}"
+        _report(config)(f"{config.frames} frames: {reach}, so in {count} windows of {size}, blended at every step")
+
+
+def _load_start(config: AnimateConfig, base: Base) -> Start | None:
+    """What the films begin from, encoded."""
+    from cdvideo.media.clips import iter_clip
+    from cdvideo.sampling.start import start_from_picture, start_from_video
+
+    start, side = config.start, base.resolution
+    options: dict[str, Any] = {"frames": config.frames, "height": config.height or side, "width": config.width or side}
+    if start.video is not None:
+        return start_from_video(base, iter_clip(start.video, fps=config.fps), strength=start.strength or 0.6, **options)
+    if start.image is not None:
+        picture = next(iter_clip(start.image))
+        return start_from_picture(base, picture, strength=start.strength or 0.7, fade=start.fade, **options)
+    return None
+
+
+def _write(frames: Spool, config: AnimateConfig, settings: Metadata, *, stem: str) -> list[str]:
     """Writes a film in all its formats, or a still, with a poster, a filmstrip and the settings; returns the paths."""
     from cdvideo.media.export import enlarge, filmstrip, write_picture, write_settings, write_video
 
     paths = [config.out / f"{stem}.png"]
-    write_picture(next(enlarge(frames_FHWC, config.watch_size)), paths[0], metadata=settings)
+    write_picture(next(enlarge(frames, config.watch_size)), paths[0], metadata=settings)
     if not config.still:
         for name in config.formats:
             paths.append(config.out / (f"{stem}-png" if name == "png" else f"{stem}.{name}"))
-            large = enlarge(frames_FHWC, config.watch_size)
+            large = enlarge(frames, config.watch_size)
             options: dict[str, Any] = {"codec": config.codec, "dither": config.dither}
             write_video(large, paths[-1], fps=config.fps, metadata=settings, **options)
         paths.append(config.out / f"{stem}-frames.png")
-        write_picture(filmstrip(frames_FHWC), paths[-1], metadata=settings)
+        write_picture(filmstrip(frames), paths[-1], metadata=settings)
     write_settings(config.out / f"{stem}.json", settings)
     return [str(path) for path in paths]
+
+
+def _write_still(config: AnimateConfig, base: Base, concept: Concept | None, settings: Metadata) -> list[str]:
+    """Writes what the image model alone draws from a film's prompt and seed; returns its path."""
+    from cdvideo.media.export import enlarge, write_picture
+
+    seed = settings["seed"]
+    assert isinstance(seed, int)
+    path = config.out / f"{slug(config.prompt)}-{seed}-still.png"
+    (picture,) = enlarge(_draw_still(config, base, concept, seed), config.watch_size)
+    write_picture(picture, path, metadata=settings)
+    return [str(path)]
 
 
 def _settings(
@@ -249,6 +368,8 @@ def _settings(
         "device",
         "quiet",
         "num_videos",
+        "batch",
+        "also_still",
         "format",
         "codec",
         "dither",
@@ -258,8 +379,13 @@ def _settings(
         "motion_lora",
         "concept",
         "offload",
+        *GROUPS,
     )
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    for group in GROUPS:
+        given, defaults = (dataclasses.asdict(each) for each in (getattr(config, group), getattr(_DEFAULTS, group)))
+        for name in (name for name in given if given[name] != defaults[name]):
+            settings[f"{group}.{name}"] = given[name].name if isinstance(given[name], Path) else given[name]
     names = {"base": Path(config.base).name, "base_hash": base.hash, "concept": concept_name}
     loras = ", ".join(f"{path.name}:{strength:g}" for path, strength in motion_loras(config.motion_lora))
     return {**settings, **names, "motion": Path(config.motion).name, "motion_lora": loras or None}

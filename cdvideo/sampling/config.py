@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cdvideo.config import check
 from cdvideo.interchange.config import check_files, parse_files
+from cdvideo.sampling.keyframes import parse_prompts
+from cdvideo.sampling.options import Control, FilmSettings, Noise, StartFrom, Windows, rule
 
 FORMATS = ("mp4", "webm", "gif", "webp", "png")
 
@@ -17,11 +20,13 @@ class AnimateConfig:
     """What to film, and how."""
 
     prompt: str
-    """What is to be seen. A concept's token in it brings the concept in."""
+    """What is to be seen. A concept's token in it brings the concept in. A prompt that changes along the film is
+    written as "0: a sks dog surfing | 24: a sks dog on the beach"; in a file, as lines of `frame: prompt`."""
     negative_prompt: str = ""
     """What is to be avoided."""
     frames: int = 16
-    """Length of the film in frames; the motion modules say how many they reach (the embedded ones 32)."""
+    """Length of the film in frames; those that are longer than the motion modules reach (the embedded ones 32) are made
+    in overlapping windows."""
     fps: float = 8.0
     """Frames shown in a second."""
     steps: int | None = None
@@ -37,8 +42,17 @@ class AnimateConfig:
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1
     """How many films, or pictures with `still`."""
+    batch: int = 1
+    """Films that go through the model at once. 1: a film's bytes depend on no other film. More may be faster on a GPU,
+    and a film may then differ by a rounding."""
     still: bool = False
     """A picture instead of a film."""
+    also_still: bool = False
+    """A picture beside each film, from the same prompt and seed, by the image model alone."""
+    windows: Windows = Windows()
+    noise: Noise = Noise()
+    control: Control = Control()
+    start: StartFrom = StartFrom()
     format: str = "mp4,gif"
     """Files to write of each film, separated by commas: mp4, webm, gif, webp, and png (a folder of frames)."""
     codec: Literal["h264", "hevc", "av1"] = "h264"
@@ -92,11 +106,54 @@ class AnimateConfig:
             ),
             (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
+            (self.batch >= 1, f"batch={self.batch}: must be at least 1"),
+            *rule("prompt", parse_prompts, self.prompt),
+            *self._impossible_pairs(),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
             (self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk}: must be at least 1"),
             *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
             (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
             *check_files(self.concept_files),
+        )
+
+    def _impossible_pairs(self) -> Iterator[tuple[bool, str]]:
+        """For `check`: what can not go together."""
+        of_films = {
+            "also_still": self.also_still,
+            "windows": self.windows != Windows(),
+            "noise": self.noise != Noise(),
+            "control": self.control != Control(),
+            "start": self.start != StartFrom(),
+            "batch": self.batch > 1,
+        }
+        asked = ", ".join(name for name, given in of_films.items() if given)
+        yield not (self.still and asked), f"still with {asked}: a picture has none of it"
+        freeinit = f"noise.freeinit={self.noise.freeinit} with start: FreeInit begins from noise alone"
+        yield not (self.noise.freeinit and self.start.given), freeinit
+        if any(True for _ in rule("prompt", parse_prompts, self.prompt)):
+            return
+        last = max(self.prompts)
+        yield last < self.frames, f"prompt={self.prompt}: frame {last} lies beyond the film's {self.frames}"
+        yield not self.still or last == 0, f"prompt={self.prompt}: a picture has one prompt, without a frame"
+
+    @property
+    def prompts(self) -> dict[int, str]:
+        """The prompts by the frame from which they are meant."""
+        return parse_prompts(self.prompt)
+
+    @property
+    def film_settings(self) -> FilmSettings:
+        """What the sampler is told of all films alike, once sampler, steps and guidance are settled."""
+        assert self.steps is not None and self.guidance is not None and self.scheduler != "auto"
+        return FilmSettings(
+            frames=self.frames,
+            steps=self.steps,
+            guidance=self.guidance,
+            scheduler=self.scheduler,
+            width=self.width,
+            height=self.height,
+            windows=self.windows,
+            noise=self.noise,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,11 +14,42 @@ from cdvideo.base.schedule import Scheduler
 from cdvideo.errors import UserError
 from cdvideo.sampling.guidance import guide
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (latents_B..., timestep) -> prediction_B...
+Predict = Callable[[Tensor, Tensor, int], Tensor]  # (latents_B..., timestep, step) -> prediction_B...
+
+
+@dataclass(frozen=True)
+class Start:
+    """What sampling starts from besides noise (SDEdit, arXiv 2108.01073): latents, noised as of a later step.
+
+    latents: clean and scaled, of the noise's shape, or one that is broadcast to it.
+    strength: share of the denoising that is still done; 1 keeps nothing of the latents, but for what is held.
+    held: how firmly they are held to all along, 0 to 1; None is not at all. At 1 the result is the latents themselves,
+        and whatever sees them at each step is drawn to fit (RePaint, arXiv 2201.09865, equation 8).
+    """
+
+    latents: Tensor
+    strength: float
+    held: Tensor | None = None
+
+    def first_step(self, steps: int) -> int:
+        return steps - min(max(round(steps * self.strength), 1), steps)
+
+    def to(self, device: torch.device) -> Start:
+        return Start(self.latents.to(device), self.strength, None if self.held is None else self.held.to(device))
+
+    def hold(self, latents: Tensor, noisy: Tensor) -> Tensor:
+        return latents if self.held is None else torch.lerp(latents, noisy, self.held)
 
 
 def denoise(
-    predict: Predict, noise: Tensor, scheduler: Scheduler, *, steps: int, guidance: float, progress: bool = False
+    predict: Predict,
+    noise: Tensor,
+    scheduler: Scheduler,
+    *,
+    steps: int,
+    guidance: float,
+    start: Start | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """From noise to latents.
 
@@ -33,16 +65,41 @@ def denoise(
     scheduler.set_timesteps(steps)
     # The scheduler keeps its timesteps and coefficients on the CPU, so that no step waits for the GPU.
     timesteps = scheduler.timesteps.to(noise.device)
-    latents = noise * scheduler.init_noise_sigma
-    for index, timestep in enumerate(tqdm(scheduler.timesteps, desc="denoising", disable=not progress, leave=False)):
-        model_input = scheduler.scale_model_input(latents, timestep)
-        if guidance == 1:
-            prediction = predict(model_input, timesteps[index])
-        else:
-            unconditional, conditional = predict(torch.cat([model_input, model_input]), timesteps[index]).chunk(2)
-            prediction = guide(unconditional, conditional, guidance)
+    predict = guided(predict, guidance)
+    first, latents = 0, noise * scheduler.init_noise_sigma
+    if start is not None:
+        first = start.first_step(steps)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        noisy = _noised(start.latents, noise, scheduler, first)
+        latents = noisy if first > 0 else start.hold(latents, noisy)
+    for step in tqdm(range(first, len(scheduler.timesteps)), desc="denoising", disable=not progress, leave=False):
+        timestep = scheduler.timesteps[step]
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timesteps[step], step)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
+        if start is not None and start.held is not None:
+            latents = start.hold(latents, _noised(start.latents, noise, scheduler, step + 1))
     return latents
+
+
+def guided(predict: Predict, scale: float) -> Predict:
+    """A model that is asked twice at once, for the negative prompts and the prompts, and mixes both answers."""
+    if scale == 1:
+        return predict
+
+    def predict_both(latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        unconditional, conditional = predict(torch.cat([latents, latents]), timestep, step).chunk(2)
+        return guide(unconditional, conditional, scale)
+
+    return predict_both
+
+
+def _noised(latents: Tensor, noise: Tensor, scheduler: Scheduler, step: int) -> Tensor:
+    """Clean latents as they look before a step; after the last one, clean."""
+    latents = latents.expand_as(noise)
+    if step == len(scheduler.timesteps):
+        return latents
+    return scheduler.add_noise(latents, noise, scheduler.timesteps[step].expand(len(noise)))
 
 
 def guided_prompts(prompts: Sequence[str], negative_prompt: str, guidance: float) -> list[str]:

@@ -46,7 +46,7 @@ def sample_images(
     noise_BCHW = draw_noise(seeds, (base.unet.config.in_channels, *latent_size(base, width, height)))
     compiled = compile_prompts(base, guided_prompts(prompts, negative_prompt, guidance), concept=concept)
 
-    def predict(latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+    def predict(latents_BCHW: Tensor, timestep: Tensor, _step: int) -> Tensor:
         return base.unet(latents_BCHW.to(base.dtype), timestep, None, return_dict=False)[0].float()
 
     with at_work(base.device, base.unet), tuned(base.unet, concept), reading(base.unet, compiled):

@@ -14,11 +14,13 @@ from cdvideo.base.memory import Needs, metered, weight_bytes
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
+from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.denoise import guided_prompts, latent_size
 from cdvideo.sampling.prompt_kv import compile_prompts, reading
+from cdvideo.sampling.windows import window_size
 
 GUIDED = 5.0  # any scale but 1 takes as much; it is assumed where the motion modules are to say
 
@@ -128,12 +130,19 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         base,
         motion,
         size,
-        pictures=1 if config.still else config.frames,
+        pictures=1 if config.still else _frames_at_once(config),
+        films=config.batch,
         guidance=GUIDED if config.guidance is None else config.guidance,
         chunk=config.decode_chunk,
     )
     standing = 0 if offload else sum(own.values())
     return {phase: standing + (own[phase] if offload else 0) + working[phase] for phase in own}
+
+
+def _frames_at_once(config: AnimateConfig) -> int:
+    """Frames of a window, for motion modules of the usual reach, which are not loaded yet."""
+    reach = max(MotionConfig().motion_max_seq_length, config.windows.size or 0)
+    return window_size(config.frames, reach, config.windows)
 
 
 @torch.inference_mode()
@@ -145,10 +154,11 @@ def _drawing(
     pictures: int,
     guidance: float,
     chunk: int,
+    films: int = 1,
 ) -> Needs:
-    """What is taken besides weights in each phase of drawing so many pictures, or a film of so many frames."""
+    """What is taken besides weights in each phase of drawing so many pictures, or films of so many frames at once."""
     height, width = latent_size(base, size[1], size[0])
-    channels, films = base.unet.config.in_channels, 1 if motion else pictures
+    channels, films = base.unet.config.in_channels, films if motion else pictures
     with metered() as text:
         compiled = compile_prompts(base, guided_prompts(["a picture"] * films, "", guidance))
     passes = 1 if guidance == 1 else 2
@@ -158,7 +168,7 @@ def _drawing(
             base.unet(latents_BCHW.to(base.dtype), 0, None)
         else:
             motion.config = dataclasses.replace(motion.config, motion_max_seq_length=pictures)
-            latents_BFCHW = torch.zeros(passes, pictures, channels, height, width, device=base.device)
+            latents_BFCHW = torch.zeros(passes * films, pictures, channels, height, width, device=base.device)
             VideoUNet(base.unet, motion)(latents_BFCHW.to(base.dtype), 0, None)
     with metered() as decoding:
         decode_latents(base.vae, torch.zeros(min(chunk, pictures), channels, height, width, device=base.device))

@@ -1,6 +1,12 @@
-"""Films from a prompt: the image UNet with motion modules, on a compiled prompt."""
+"""Films from prompts: the image UNet with motion modules, on compiled prompts, of any length and several at once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +19,40 @@ from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import SamplerName, make_scheduler
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
+from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
-from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size
-from cdvideo.sampling.prompt_kv import compile_prompts, reading
+from cdvideo.sampling.denoise import Predict, Start, denoise, guided, latent_size
+from cdvideo.sampling.motion_strength import moving
+from cdvideo.sampling.noise import film_noise, reinitialised
+from cdvideo.sampling.options import AS_TRAINED, DEFAULTS, Control, FilmSettings, Noise, Windows
+from cdvideo.sampling.prompt_kv import reading
+from cdvideo.sampling.prompt_track import compile_film, read_films
+from cdvideo.sampling.windows import Window, blend_weights, window_size, windowed, windows_at
+
+if TYPE_CHECKING:
+    from cdvideo.media.export import Frame
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """What one film of a batch is of. `prompt`: a text, or texts by the frame from which they are meant."""
+
+    prompt: str | Mapping[int, str]
+    seed: int
+    concept: Concept | None = None
+    negative_prompt: str = ""
+    control: Control = AS_TRAINED
+
+    @property
+    def prompts(self) -> dict[int, str]:
+        return {0: self.prompt} if isinstance(self.prompt, str) else dict(sorted(self.prompt.items()))
+
+
 def sample_video(
     base: Base,
     motion: MotionModules,
-    prompt: str,
+    prompt: str | Mapping[int, str],
     *,
     seed: int,
     concept: Concept | None = None,
@@ -34,6 +63,10 @@ def sample_video(
     scheduler: SamplerName = "ddim",
     width: int | None = None,
     height: int | None = None,
+    control: Control = AS_TRAINED,
+    windows: Windows = DEFAULTS.windows,
+    noise: Noise = DEFAULTS.noise,
+    start: Start | None = None,
     decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> npt.NDArray[np.uint8]:
@@ -41,32 +74,160 @@ def sample_video(
 
     Args:
         motion: on the base's device or resting in RAM (base/offload.py), in the base's dtype.
+        prompt: a text, or texts by the frame from which they are meant: {0: "a dog surfing", 24: "a dog in snow"}.
         width, height: in pixels; None is the base's own resolution.
+        control: how strongly motion and concept act, along the film.
+        windows: how a film is cut that is longer than the motion modules reach, and whether it loops.
+        start: another film or a picture to begin from (`start_from_video`, `start_from_picture`).
         decode_chunk: frames that the VAE decodes at once.
 
     Returns:
         frames_FHWC: RGB.
 
     Raises:
-        UserError: more frames than the motion modules reach, motion modules of another base, or an odd size.
+        UserError: motion modules of another base, an odd size, or options that do not go with these models.
+    """
+    settings = FilmSettings(
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        width=width,
+        height=height,
+        windows=windows,
+        noise=noise,
+    )
+    film = Film(prompt=prompt, seed=seed, concept=concept, negative_prompt=negative_prompt, control=control)
+    (latents_FCHW,) = sample_latents(base, motion, [film], settings, start=start, progress=progress)
+    return decode_frames(base, latents_FCHW, chunk=decode_chunk)
+
+
+def sample_videos(
+    base: Base,
+    motion: MotionModules,
+    films: Sequence[Film],
+    settings: FilmSettings = DEFAULTS,
+    *,
+    start: Start | None = None,
+    batch: int = 1,
+    decode_chunk: int = DECODE_CHUNK,
+    progress: bool = False,
+) -> list[npt.NDArray[np.uint8]]:
+    """Several films of different prompts, seeds and concepts: frames_FHWC of each, as `sample_latents` makes them."""
+    latents = sample_latents(base, motion, films, settings, start=start, batch=batch, progress=progress)
+    return [decode_frames(base, latents_FCHW, chunk=decode_chunk) for latents_FCHW in latents]
+
+
+@torch.inference_mode()
+def sample_latents(
+    base: Base,
+    motion: MotionModules,
+    films: Sequence[Film],
+    settings: FilmSettings = DEFAULTS,
+    *,
+    start: Start | None = None,
+    batch: int = 1,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """latents_FCHW of each film, one after the other, ready to be decoded while the next are not begun.
+
+    Args:
+        start: for all films alike.
+        batch: films that go through the UNet at once. With 1, a film's bytes depend on no other film. More are faster
+            where one film leaves the device idle; kernels for other batch sizes then round in other places (latents
+            within 1e-4 in float32 of those made alone).
+
+    Raises:
+        UserError: as `sample_video`; and several concepts in one batch that change more than text, K and V.
     """
     video_unet = VideoUNet(base.unet, motion)
-    noise_BFCHW = draw_noise([seed], (frames, base.unet.config.in_channels, *latent_size(base, width, height)))
-    compiled = compile_prompts(base, guided_prompts([prompt], negative_prompt, guidance), concept=concept)
+    window = window_size(settings.frames, motion.max_frames, settings.windows)
+    for index in range(0, len(films), batch):
+        yield from _sample_batch(base, video_unet, films[index : index + batch], settings, window, start, progress)
 
-    def predict(latents_BFCHW: Tensor, timestep: Tensor) -> Tensor:
-        return video_unet(latents_BFCHW.to(base.dtype), timestep, None).float()
 
-    with at_work(base.device, base.unet, motion), tuned(base.unet, concept), reading(base.unet, compiled):
-        latents_BFCHW = denoise(
-            predict,
-            noise_BFCHW.to(base.device),
-            make_scheduler({**base.scheduler_config, **motion.config.schedule}, scheduler, seeds=[seed]),
-            steps=steps,
-            guidance=guidance,
-            progress=progress,
+def _sample_batch(
+    base: Base,
+    video_unet: VideoUNet,
+    films: Sequence[Film],
+    settings: FilmSettings,
+    window: int,
+    start: Start | None,
+    progress: bool,
+) -> Tensor:
+    """latents_BFCHW. Of a film longer than a window they stay on the CPU, and one window at a time is on the device."""
+    frames, windows, seeds = settings.frames, settings.windows, [film.seed for film in films]
+    shape = (frames, base.unet.config.in_channels, *latent_size(base, settings.width, settings.height))
+    noise_BFCHW = film_noise(seeds, shape, settings.noise, window=window, stride=window - windows.overlap)
+    noised = {**base.scheduler_config, **video_unet.motion.config.schedule}
+    scheduler = make_scheduler(noised, settings.scheduler, seeds=seeds)
+
+    with _window_model(base, video_unet, films, settings) as predict_at:
+        if window == frames and windows.schedule != "looped":
+            noise_BFCHW, predict = noise_BFCHW.to(base.device), predict_at(tuple(range(frames)))
+        else:
+            list_windows = partial(windows_at, frames=frames, size=window, windows=windows)
+            predict = windowed(predict_at, list_windows, blend_weights(window, windows))
+        if start is not None:
+            start = start.to(noise_BFCHW.device)
+        sample = partial(
+            denoise, predict, scheduler=scheduler, steps=settings.steps, guidance=1, start=start, progress=progress
         )
-    return decode_frames(base, latents_BFCHW[0], chunk=decode_chunk)
+        first_BFCHW = noise_BFCHW
+        latents_BFCHW = sample(noise_BFCHW)
+        for turn in range(1, settings.noise.freeinit + 1):
+            noise_BFCHW = reinitialised(latents_BFCHW, first_BFCHW, seeds, scheduler, settings.noise, turn=turn)
+            latents_BFCHW = sample(noise_BFCHW)
+    return latents_BFCHW
+
+
+@contextmanager
+def _window_model(
+    base: Base, video_unet: VideoUNet, films: Sequence[Film], settings: FilmSettings
+) -> Iterator[Callable[[Window], Predict]]:
+    """Within the block: the model that predicts these frames of all films, with guidance, on the base's device."""
+    with_guidance = settings.guidance != 1
+    prompts = [
+        compile_film(
+            base, f.prompts, f.negative_prompt if with_guidance else None, concept=f.concept, control=f.control
+        )
+        for f in films
+    ]
+    moves = [film.control.motion_curve for film in films]
+    varies = any(each.varies for each in prompts)
+
+    def predict_at(shown: Window) -> Predict:
+        def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
+            latents_BFCHW, timestep = latents_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
+            with ExitStack() as held:
+                if varies:
+                    done = step / max(settings.steps - 1, 1)
+                    now = read_films(prompts, guided=with_guidance, done=done, frames=shown)
+                    held.enter_context(reading(base.unet, now))
+                held.enter_context(moving(video_unet.motion, moves, shown, copies=1 + with_guidance))
+                return video_unet(latents_BFCHW, timestep, None).float()
+
+        return guided(predict, settings.guidance)
+
+    steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
+    with (
+        at_work(base.device, base.unet, video_unet.motion),
+        tuned(base.unet, _folded_concept(films)),
+        reading(base.unet, steady),
+    ):
+        yield predict_at
+
+
+def _folded_concept(films: Sequence[Film]) -> Concept | None:
+    """The concept that has to be in the UNet itself while these films are made: one that changes more than K and V."""
+    folded = [film.concept for film in films if film.concept and film.concept.metadata.adapter not in ("kv", "token")]
+    if folded and any(film.concept is not folded[0] for film in films):
+        raise UserError(
+            f"films of different concepts in one batch, one of them of kind {folded[0].metadata.adapter}",
+            allowed="concepts of token, K and V in one batch; one set of weights can hold one concept of another kind",
+            do="choose a batch of 1",
+        )
+    return folded[0] if folded else None
 
 
 def decode_frames(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> npt.NDArray[np.uint8]:
@@ -75,9 +236,15 @@ def decode_frames(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK
     Returns:
         frames_FHWC
     """
+    return np.stack(list(decode_stream(base, latents_FCHW, chunk=chunk)))
+
+
+@torch.inference_mode()
+def decode_stream(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> Iterator[Frame]:
+    """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once."""
     with at_work(base.device, base.vae):
-        parts = [to_uint8(decode_latents(base.vae, part, chunk=chunk)) for part in latents_FCHW.split(chunk)]
-    return np.concatenate(parts)
+        for part_FCHW in latents_FCHW.split(chunk):
+            yield from to_uint8(decode_latents(base.vae, part_FCHW, chunk=chunk))
 
 
 def to_uint8(pixels_BCHW: Tensor) -> npt.NDArray[np.uint8]:

@@ -284,7 +284,7 @@ def test_an_unwritable_folder_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--frames", "9"], "1 to 8 frames"),
+        (["--frames", "20", "--window-size", "9"], "2 to 8 frames"),
         (["--concept", "absent.safetensors"], "no concept file absent.safetensors"),
         (["--concept", "truncated.safetensors"], "damaged"),
         (["--concept", "other.safetensors"], "matched"),

@@ -82,8 +82,8 @@ def test_mistaken_files_and_long_films_end_with_the_code_for_bad_input(
     assert "a motion LoRA" in capsys.readouterr().err
     assert call(*base, "--motion", files / "sd.safetensors") == 2
     assert "an image model" in capsys.readouterr().err
-    assert call(*base, "--motion", files / "mm.ckpt", "--frames", "25") == 2
-    assert "1 to 24 frames" in capsys.readouterr().err
+    assert call(*base, "--motion", files / "mm.ckpt", "--frames", "30", "--window-size", "25") == 2
+    assert "2 to 24 frames" in capsys.readouterr().err
     assert not list(films.glob("*.gif"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import make_scheduler
 from cdvideo.errors import UserError
-from cdvideo.sampling.denoise import denoise, draw_noise, guided_prompts, latent_size
+from cdvideo.sampling.denoise import Start, denoise, draw_noise, guided_prompts, latent_size
 
 CONFIG: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -35,7 +35,7 @@ def test_a_perfect_model_of_one_picture_gives_that_picture(name: Any, prediction
     scheduler = make_scheduler({**CONFIG, "prediction_type": prediction_type}, name)
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(latents: Tensor, timestep: Tensor, _step: int) -> Tensor:
         signal, sigma = alpha_bar(scheduler, timestep).sqrt(), (1 - alpha_bar(scheduler, timestep)).sqrt()
         noise = (latents - signal * picture) / sigma
         return noise if prediction_type == "epsilon" else signal * noise - sigma * picture
@@ -49,18 +49,60 @@ def test_guidance_runs_the_negative_prompt_first_and_mixes() -> None:
     seen: list[int] = []
     scheduler = make_scheduler({**CONFIG, "prediction_type": "epsilon"}, "ddim")
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(latents: Tensor, timestep: Tensor, _step: int) -> Tensor:
         seen.append(len(latents))
         assert torch.equal(latents[:2], latents[2:])
         return torch.cat([torch.zeros_like(latents[:2]), torch.ones_like(latents[2:])])
 
-    def scaled(latents: Tensor, timestep: Tensor) -> Tensor:
+    def scaled(latents: Tensor, timestep: Tensor, _step: int) -> Tensor:
         return torch.full_like(latents, 3.0)
 
     noise = draw_noise([1, 2], (4, 2, 2))
     guided = denoise(predict, noise, scheduler, steps=5, guidance=3.0)
     assert seen == [4] * 5
     assert torch.allclose(guided, denoise(scaled, noise, scheduler, steps=5, guidance=1))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_a_start_is_noised_as_of_its_step_and_the_rest_is_done(name: Any) -> None:
+    """The model that knows the only picture there is finds it from any start; it is asked at the last steps alone."""
+    scheduler = make_scheduler({**CONFIG, "prediction_type": "epsilon"}, name)
+    clean, picture = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = draw_noise([1], (4, 8, 8))
+    seen: list[tuple[int, float]] = []
+
+    def predict(latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        signal, sigma = alpha_bar(scheduler, timestep).sqrt(), (1 - alpha_bar(scheduler, timestep)).sqrt()
+        if not seen:
+            assert torch.allclose(latents, signal * clean + sigma * noise, atol=1e-3)
+        seen.append((step, timestep.item()))
+        return (latents - signal * picture) / sigma
+
+    result = denoise(predict, noise, scheduler, steps=20, guidance=1, start=Start(clean, 0.3))
+    assert seen == [(step, scheduler.timesteps[step].item()) for step in range(14, 20)]
+    assert (result - picture).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_what_is_held_is_seen_at_each_steps_noise_and_comes_out_clean(name: Any) -> None:
+    scheduler = make_scheduler({**CONFIG, "prediction_type": "epsilon"}, name)
+    clean, noise = draw_noise([2], (4, 8, 8)), draw_noise([1], (4, 8, 8))
+    held = torch.zeros(8, 1)
+    held[:3] = 1
+
+    def predict(latents: Tensor, timestep: Tensor, _step: int) -> Tensor:
+        signal, sigma = alpha_bar(scheduler, timestep).sqrt(), (1 - alpha_bar(scheduler, timestep)).sqrt()
+        assert torch.allclose(latents[..., :3, :], (signal * clean + sigma * noise)[..., :3, :], atol=1e-3)
+        return torch.zeros_like(latents)
+
+    result = denoise(predict, noise, scheduler, steps=6, guidance=1, start=Start(clean, 1.0, held))
+    assert torch.equal(result[..., :3, :], clean[..., :3, :])
+    assert (result - clean)[..., 3:, :].abs().min() > 0
+
+
+def test_a_start_always_leaves_a_step_to_do() -> None:
+    firsts = [Start(torch.zeros(1), strength).first_step(10) for strength in (0.01, 0.1, 0.55, 0.96, 1.0)]
+    assert firsts == [9, 9, 4, 0, 0]
 
 
 def test_guided_prompts() -> None:

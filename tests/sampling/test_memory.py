@@ -17,6 +17,7 @@ from cdvideo.config import load_config
 from cdvideo.evaluation.sd15 import write_configs
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.memory import film_cures, film_needs, training_cures, training_needs
+from cdvideo.sampling.options import Windows
 
 ROOT = Path(__file__).parents[2]
 CUDA_ITSELF = 0.5e9  # bytes that a process with CUDA takes of a card before the first tensor
@@ -135,3 +136,13 @@ def test_a_preset_for_learning_fits_the_card_in_its_name(sd15: Base, file: Path)
 def test_a_preset_for_films_fits_the_card_in_its_name(sd15: Base, file: Path) -> None:
     config = load_config(AnimateConfig, file=file, overrides=["prompt=a dog"])
     check_name(file, total(film_needs(sd15, config, offload=config.offload)))
+
+
+def test_a_long_film_takes_what_a_window_takes(outline: Base) -> None:
+    def filming(**settings: Any) -> int:
+        config = AnimateConfig(prompt="a dog", base="tiny", **settings)
+        return film_needs(outline, config, offload=False)["denoising"]
+
+    assert filming(frames=512) == filming(frames=33) == filming(frames=16)
+    assert filming(frames=512, windows=Windows(size=8)) < filming(frames=16) < filming(frames=32)
+    assert filming(batch=2) > 1.2 * filming()

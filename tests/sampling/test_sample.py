@@ -11,7 +11,6 @@ import torch
 from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.concept.concept import Concept
-from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import decode_frames, sample_video, to_uint8
@@ -79,12 +78,6 @@ def test_sampling_leaves_the_base_as_it_was(tiny_base: Base, tiny_motion: Motion
     assert all(torch.equal(tiny_base.unet.state_dict()[name], tensor) for name, tensor in weights.items())
     assert all(tiny_base.unet.attn_processors[name] is processor for name, processor in processors.items())
     assert np.array_equal(before, film(tiny_base, tiny_motion))
-
-
-def test_too_many_frames(tiny_base: Base, tiny_motion: MotionModules) -> None:
-    with pytest.raises(UserError, match=r"9 frames[\s\S]*1 to 8 frames"):
-        film(tiny_base, tiny_motion, frames=9)
-    assert {type(p).__name__ for p in tiny_base.unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
 
 def test_decode_in_chunks_is_decode_at_once(tiny_base: Base) -> None:

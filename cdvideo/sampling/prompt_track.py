@@ -1,0 +1,141 @@
+"""What films read along their frames and steps: compiled prompts, mixed.
+
+A prompt is compiled to K and V once. Prompt travel goes linearly from one compiled prompt to the next, and a concept
+at a part of its strength is a mixture of the prompt compiled with it and without it; the UNet never knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdvideo.base.loader import Base
+from cdvideo.base.text import tokenize
+from cdvideo.concept.concept import Concept
+from cdvideo.errors import UserError
+from cdvideo.sampling.keyframes import between
+from cdvideo.sampling.options import Control
+from cdvideo.sampling.prompt_kv import PromptKV, compile_prompts
+
+
+@dataclass(frozen=True)
+class FilmPrompts:
+    """One film's prompts: K and V of R rows, which are the negative prompt where there is guidance, and one prompt for
+    each key frame. `plain`: the same without the concept, where it does not act in full."""
+
+    keys: tuple[int, ...]
+    rows: PromptKV
+    plain: PromptKV | None
+    control: Control
+
+    @property
+    def varies(self) -> bool:
+        """Whether what is read depends on the frame or the step."""
+        return len(self.keys) > 1 or not all(curve.constant for curve in self.control.concept_curves)
+
+    def read(self, layer: str, part: int, *, negative: bool, done: float, frames: Sequence[int]) -> Tensor:
+        """K (part 0) or V (part 1) for these frames; one row where all read the same.
+
+        Args:
+            done: share of the denoising that lies behind.
+        """
+        weights_FR = self._weights(negative, frames)
+        over_steps, over_frames = self.control.concept_curves
+        strength_F = torch.tensor([over_steps.at(done) * over_frames.at(f) for f in frames]) * self._of_layer(layer)
+        if (weights_FR == weights_FR[0]).all() and (strength_F == strength_F[0]).all():
+            weights_FR, strength_F = weights_FR[:1], strength_F[:1]
+        read_FNLE = _mix(self.rows.layers[layer][part], weights_FR)
+        if self.plain is None:
+            return read_FNLE
+        plain_FNLE = _mix(self.plain.layers[layer][part], weights_FR)
+        return torch.lerp(plain_FNLE, read_FNLE, strength_F.to(read_FNLE).view(-1, 1, 1, 1))
+
+    def _weights(self, negative: bool, frames: Sequence[int]) -> Tensor:
+        """weights_FR: how much each frame reads of each row."""
+        count = len(next(iter(self.rows.layers.values()))[0])
+        weights_FR = torch.zeros(len(frames), count)
+        if negative:
+            weights_FR[:, 0] = 1
+            return weights_FR
+        for row, frame in enumerate(frames):
+            for key, weight in between(self.keys, frame):
+                weights_FR[row, count - len(self.keys) + key] = weight
+        return weights_FR
+
+    def _of_layer(self, layer: str) -> float:
+        places = {"down": self.control.concept_down, "mid": self.control.concept_mid, "up": self.control.concept_up}
+        return places[layer.split("_")[0]]
+
+
+def compile_film(
+    base: Base, prompts: dict[int, str], negative_prompt: str | None, *, concept: Concept | None, control: Control
+) -> FilmPrompts:
+    """Compiles one film's prompts, by key frame; alone, so that they do not depend on the film's company.
+
+    Args:
+        negative_prompt: None without guidance.
+
+    Raises:
+        UserError: a part of the concept's strength is asked for, and it has no part that can be given.
+    """
+    texts = [*([] if negative_prompt is None else [negative_prompt]), *prompts.values()]
+    plain = None
+    if not control.concept_is_whole:
+        plain = compile_prompts(base, texts, concept=class_in_place(base, concept))
+    return FilmPrompts(tuple(prompts), compile_prompts(base, texts, concept=concept), plain, control)
+
+
+def class_in_place(base: Base, concept: Concept | None) -> Concept:
+    """The concept without its effect: its tokens read as their class words do, in as many places, so that all else in
+    a prompt stays where it is.
+
+    Raises:
+        UserError: no concept, one that tunes more than text, K and V, or one whose class nobody knows.
+    """
+    allowed = "a concept of token, K and V that knows its class word"
+    if concept is None:
+        raise UserError("a strength for a concept where there is none", allowed=allowed, do="name one with --concept")
+    if concept.weights and concept.metadata.adapter != "kv":
+        do = "give the file a weight that holds all along: --concept FILE:WEIGHT"
+        raise UserError(f"a changing strength for a concept of kind {concept.metadata.adapter}", allowed=allowed, do=do)
+    table = base.text_encoder.get_input_embeddings().weight
+    tokens = {}
+    for token, rows_KD in concept.tokens.items():
+        word = concept.metadata.class_words.get(token, "")
+        batch = tokenize(base.tokenizer, [word])
+        ids = batch.ids_BL[0, 1 : int(batch.eos_B[0])]
+        if len(ids) == 0:
+            raise UserError(f"a strength for {token!r}, whose class is not known", allowed=allowed, do="leave it 1")
+        tokens[token] = table[ids.to(table.device)].float().mean(0).expand(len(rows_KD), -1)
+    return Concept(tokens, {}, concept.metadata)
+
+
+def read_films(films: Sequence[FilmPrompts], *, guided: bool, done: float, frames: Sequence[int]) -> PromptKV:
+    """What a batch of films reads at one step, in these frames: the negative prompts first where there is guidance.
+
+    Returns:
+        One row for each film where no film's frames differ in what they read, else one for each frame of each film.
+    """
+    layers = {}
+    for layer in films[0].rows.layers:
+        parts = []
+        for part in (0, 1):
+            rows = [
+                film.read(layer, part, negative=negative, done=done, frames=frames)
+                for negative in ([True, False] if guided else [False])
+                for film in films
+            ]
+            count = max(map(len, rows))
+            parts.append(torch.cat([row.expand(count, -1, -1, -1) for row in rows]))
+        layers[layer] = (parts[0], parts[1])
+    return PromptKV(layers)
+
+
+def _mix(rows_RNLE: Tensor, weights_FR: Tensor) -> Tensor:
+    """Rows taken as they are where weights are 0 and 1, else mixed."""
+    if ((weights_FR == 0) | (weights_FR == 1)).all():
+        return rows_RNLE[weights_FR.argmax(dim=1).to(rows_RNLE.device)]
+    return torch.einsum("fr,rnle->fnle", weights_FR.to(rows_RNLE), rows_RNLE)
