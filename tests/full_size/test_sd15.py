@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 at its full size with random weights: it fits in memory, equals diffusers, trains and films.
 
-Slow: about ten minutes on one core, 6 GB of disk and 9 GB of memory. `-m slow -s` shows what was measured.
+Slow: several minutes on one core; 6 GB of disk, 8 GB of memory. `-m slow -s` shows what was measured.
 """
 
 from __future__ import annotations
