@@ -19,7 +19,7 @@ from tests.interchange.parts import NEGATIVE, PROMPT, peer_parts
 @pytest.fixture
 def draw(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """Latents of our sampler for a concept: latents_BCHW."""
-    monkeypatch.setattr("cdvideo.sampling.image.decode_latents", lambda _vae, latents_BCHW: latents_BCHW)
+    monkeypatch.setattr("cdvideo.sampling.image.decode_latents", lambda _vae, latents_BCHW, **_: latents_BCHW)
 
     def draw(concept: Concept | None, prompt: str = PROMPT) -> Tensor:
         return sample_images(

@@ -115,7 +115,7 @@ def test_the_concept_that_ships_in_diffusers(tmp_path: Path, monkeypatch: pytest
     base = load_base("tiny", device=torch.device("cpu"))
     concept = load_concept(SAMPLE_CONCEPT, base=base)
     written(base, concept, tmp_path, to)
-    monkeypatch.setattr("cdvideo.sampling.image.decode_latents", lambda _vae, latents_BCHW: latents_BCHW)
+    monkeypatch.setattr("cdvideo.sampling.image.decode_latents", lambda _vae, latents_BCHW, **_: latents_BCHW)
     options: dict[str, Any] = {"guidance": 4.0, "steps": 3, "negative_prompt": NEGATIVE}
     ours, plain = (sample_images(base, [PROMPT], seeds=[5], concept=each, **options) for each in (concept, None))
 
@@ -165,7 +165,7 @@ def test_diffusers_films_the_same_with_our_lora(
     save_motion(motion, tmp_path / "motion")
     written(tiny_base, concept, tmp_path, to)
 
-    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents_FCHW: latents_FCHW)
+    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents_FCHW, **_: latents_FCHW)
     options: dict[str, Any] = {"negative_prompt": NEGATIVE, "seed": 5, "frames": 4, "steps": 3, "guidance": 4.0}
     motion = load_motion(tmp_path / "motion", device=torch.device("cpu"))
     ours, plain = (sample_video(tiny_base, motion, PROMPT, concept=each, **options) for each in (concept, None))

@@ -156,7 +156,7 @@ def test_distilled_motion_modules_are_sampled_as_their_pages_say(
     motion = load_motion(path, device=torch.device("cpu"), norm_mode="diffusers")
     config = settled(AnimateConfig(prompt=PROMPT, frames=3, width=64, height=64), motion.config)
     assert (config.scheduler, config.steps, config.guidance) == (name, steps, guidance)
-    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents_FCHW: latents_FCHW)
+    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents_FCHW, **_: latents_FCHW)
     how: dict[str, Any] = {"steps": config.steps, "guidance": config.guidance, "scheduler": config.scheduler}
     ours = torch.as_tensor(sample_video(base, motion, PROMPT, seed=5, frames=3, width=64, height=64, **how))
 
