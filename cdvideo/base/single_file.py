@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_metadata, read_tensors
 from cdvideo.base.latents import Vae
@@ -49,6 +49,9 @@ class BaseParts:
     scheduler_config: dict[str, Any]
     found: str
     matched: Mapping[str, int]
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty_prompt: bool = False
 
 
 class Prediction(NamedTuple):
@@ -107,6 +110,21 @@ def read_single_file(path: Path, *, dtype: torch.dtype = torch.float32) -> BaseP
         f"{' (averaged weights)' if averaged else ''}, prediction known {prediction.source}",
         matched=matched,
     )
+
+
+def check_added_inputs(unet: UNet2DConditionModel, pooled_width: int, name: str) -> None:
+    """Raises UserError where the UNet adds something else to its time embedding than SDXL's pooled text and six sizes.
+
+    SDXL's refiner reads an aesthetic score in place of two of them.
+    """
+    wanted = pooled_width + 6 * unet.config["addition_time_embed_dim"]
+    given = unet.config["projection_class_embeddings_input_dim"]
+    if given != wanted:
+        raise UserError(
+            f"{name} holds a UNet that reads {given} numbers beside the text, as SDXL's refiner does",
+            allowed=f"SDXL's base, or a model tuned from it, which reads {wanted}",
+            do="choose another --base",
+        )
 
 
 def load_clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:

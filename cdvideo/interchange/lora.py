@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import text_prefix
+from cdvideo.concept.adapters import text_models
 from cdvideo.concept.lora import lora_paths
 from cdvideo.errors import UserError
 from cdvideo.interchange.files import KOHYA, PEFT, Foreign
@@ -53,7 +53,7 @@ class LoraLayer:
 
 def adaptable_layers(base: Base) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every linear layer and convolution of UNet and text encoder, by its name in a concept file."""
-    models: dict[str, nn.Module] = {"unet.": base.unet, text_prefix(base.text_encoder): base.text_encoder}
+    models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
     return {
         prefix + path: layer
         for prefix, model in models.items()

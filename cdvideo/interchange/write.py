@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
+from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.file import frozen_copy, save_concept
 from cdvideo.errors import UserError
@@ -153,9 +153,8 @@ def _lora_layers(export: Export) -> dict[str, LoraLayer]:
         raise UserError("the concept is a token alone", allowed="changes of the model", do="use --to textual-inversion")
     if concept.metadata.adapter == "lora":
         return as_layers(concept.weights, float(concept.metadata.adapter_settings["alpha"]))
-    prefix = text_prefix(base.text_encoder)
     changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
-    changes |= {delta_name(name, prefix): c for name, c in text_changes(base.text_encoder, concept).items()}
+    changes |= text_changes(base, concept)
     changes = {name.removesuffix(".delta"): change for name, change in changes.items() if change.any()}
     places = adaptable_layers(base)
     beyond = sorted(changes.keys() - places.keys())

@@ -51,10 +51,14 @@ def sample_video(
     """
     video_unet = VideoUNet(base.unet, motion)
     noise_BFCHW = draw_noise([seed], (frames, base.unet.config.in_channels, *latent_size(base, width, height)))
-    compiled = compile_prompts(base, guided_prompts([prompt], negative_prompt, guidance), concept=concept)
+    size, read = (
+        (height or base.resolution, width or base.resolution),
+        guided_prompts([prompt], negative_prompt, guidance),
+    )
+    compiled = compile_prompts(base, read, concept=concept, size=size)
 
     def predict(latents_BFCHW: Tensor, timestep: Tensor) -> Tensor:
-        return video_unet(latents_BFCHW.to(base.dtype), timestep, None).float()
+        return video_unet(latents_BFCHW.to(base.dtype), timestep, None, compiled.added).float()
 
     with tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BFCHW = denoise(
