@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.loader import Base
@@ -18,6 +18,26 @@ from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.file import frozen_copy
 
 WIDTHS, POOLED = (64, 128), 96  # of the text encoders, and of the second one's projection
+
+# stable-diffusion-xl-base-1.0's own file.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
 
 
 def make_unet(**options: Any) -> UNet2DConditionModel:
@@ -82,9 +102,8 @@ def save_folder(folder: Path, tokenizer_folder: Path) -> Path:
     encoders[1].save_pretrained(folder / "text_encoder_2")
     tokenizer.save_pretrained(folder / "tokenizer")
     CLIPTokenizer.from_pretrained(tokenizer_folder, pad_token="!").save_pretrained(folder / "tokenizer_2")
-    EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-    ).save_pretrained(folder / "scheduler")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": True}))
     return folder
 

@@ -158,7 +158,8 @@ def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
         vae=vae,
         text_encoder=modules["text encoder"],
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-        scheduler_config=dict(DDIMScheduler.load_config(path, subfolder="scheduler")),
+        # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would.
+        scheduler_config={"clip_sample": False, **DDIMScheduler.load_config(path, subfolder="scheduler")},
         found=f"{'SDXL, ' if second else ''}a folder in diffusers' layout",
         matched={part: len(module.state_dict()) for part, module in modules.items()},
         **second,
