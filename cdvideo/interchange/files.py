@@ -35,7 +35,6 @@ _OTHER_KINDS = {
     "ip_adapter.": "an IP-Adapter",
     "control_model.": "a ControlNet",
 }
-_SDXL_KEYS = ("lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,9 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     for part, what in _OTHER_KINDS.items():
         if found := next((key for key in dict(_flat("", content)) if part in key), None):
             raise UserError(f"{path} is {what}: it holds {found}", allowed=READABLE, do="name another file")
-    if found := next((key for key in keys if key.startswith(_SDXL_KEYS)), None):
-        raise UserError(f"{path} was made for SDXL: it holds {found}", allowed=READABLE, do="name one for this base")
     if any("custom_diffusion" in key for key in keys):
         return CUSTOM_DIFFUSION
-    if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_")) for key in keys):
+    if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) for key in keys):
         return KOHYA
     if any(part in key for key in keys for part in _LORA_PARTS):
         return PEFT if all(key.startswith(_PEFT_PREFIX) for key in keys) else DIFFUSERS
