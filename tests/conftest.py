@@ -24,6 +24,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cdvideo.base.loader import Base, load_base
+from tests import sdxl
 
 # Words that are one token of the tiny vocabulary; any other text falls to pieces, down to bytes.
 TINY_WORDS = "a photo of the dog cat robot stuffed animal in on snow wearing headphones surfing".split()
@@ -104,6 +105,17 @@ def tiny_text_encoder(tiny_tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def tiny_base(tiny_base_folder: Path) -> Base:
     """The tiny models as the sampler and the trainer get them; fresh for each test, so it may be changed."""
     return load_base(str(tiny_base_folder), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    """SDXL at a small width, as a folder in diffusers' layout."""
+    return sdxl.save_folder(tmp_path_factory.mktemp("sdxl"), tiny_tokenizer_folder)
+
+
+@pytest.fixture
+def tiny_sdxl(sdxl_folder: Path) -> Base:
+    return load_base(str(sdxl_folder), device=torch.device("cpu"))
 
 
 def _make_unet() -> UNet2DConditionModel:

@@ -12,6 +12,15 @@ Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
 DECODE_CHUNK = 4  # pictures decoded at once: what bounds the memory of decoding, whatever the film's length
 
 
+def vae_dtype(vae: Vae, dtype: torch.dtype, *, is_sdxl: bool) -> torch.dtype:
+    """The precision that a base's VAE computes in: the base's own, but float32 where it would overflow in float16.
+
+    SDXL's first VAE does, and says so (`force_upcast`); Stable Diffusion 1 and 2 have the same word by default alone.
+    """
+    overflows = is_sdxl and dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    return torch.float32 if overflows else dtype
+
+
 def encode_pixels(vae: Vae, pixels_BCHW: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Pixels in [-1, 1] to latents multiplied by the VAE's ``scaling_factor``.
 

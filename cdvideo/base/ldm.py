@@ -1,4 +1,4 @@
-"""The configs of Stable Diffusion 1.x and 2.x, read from the keys and shapes of one file in CompVis' names (ldm)."""
+"""The configs of Stable Diffusion 1.x, 2.x and XL, read from keys and shapes of one file in CompVis' names (ldm)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -26,8 +27,8 @@ SCHEDULER = {
 def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """UNet2DConditionModel's arguments, but for `sample_size`.
 
-    Heads leave no trace in the weights: Stable Diffusion 1.x has 8 in each attention; 2.x, known by its linear
-    projections, has heads of 64 channels.
+    Heads leave no trace in the weights: Stable Diffusion 1.x has 8 in each attention; 2.x and XL, known by their linear
+    projections, have heads of 64 channels.
     """
     inputs = count(tensors, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
     ends = [i for i in range(inputs) if f"{UNET}input_blocks.{i}.0.op.weight" in tensors]
@@ -38,6 +39,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     attends = [f"{UNET}input_blocks.{i}.1.norm.weight" in tensors for i in firsts]
     inside = f"{UNET}middle_block.1."
     linear = tensors[f"{inside}proj_in.weight"].ndim == 2
+    is_xl = f"{XL_OPEN_CLIP}text_projection" in tensors
     return {
         "in_channels": tensors[f"{UNET}input_blocks.0.0.weight"].shape[1],
         "out_channels": len(tensors[f"{UNET}out.2.bias"]),
@@ -48,10 +50,26 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "cross_attention_dim": tensors[f"{inside}transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "attention_head_dim": [width // 64 for width in widths] if linear else 8,
         "use_linear_projection": linear,
+        **(_added_config(tensors, firsts) if is_xl else {}),
     }
 
 
-def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _added_config(tensors: Mapping[str, Tensor], firsts: Iterable[int]) -> dict[str, Any]:
+    """What SDXL's UNet has beside: deeper attentions, and an embedding of the pooled text and of six sizes."""
+    depths = (
+        count(tensors, rf"{re.escape(UNET)}input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") or 1 for i in firsts
+    )
+    inputs = tensors[f"{UNET}label_emb.0.0.weight"].shape[1]
+    pooled = tensors[f"{XL_OPEN_CLIP}text_projection"].shape[1]
+    return {
+        "transformer_layers_per_block": tuple(depths),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (inputs - pooled) // 6,
+        "projection_class_embeddings_input_dim": inputs,
+    }
+
+
+def vae_config(tensors: Mapping[str, Tensor], *, scaling_factor: float = 0.18215) -> dict[str, Any]:
     """AutoencoderKL's arguments."""
     blocks = count(tensors, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     return {
@@ -62,7 +80,7 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "layers_per_block": count(tensors, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
         "down_block_types": ("DownEncoderBlock2D",) * blocks,
         "up_block_types": ("UpDecoderBlock2D",) * blocks,
-        "scaling_factor": 0.18215,
+        "scaling_factor": scaling_factor,
     }
 
 

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cdvideo.base.latents import Vae
-from cdvideo.base.single_file import BaseParts, read_single_file
+from cdvideo.base.latents import Vae, vae_dtype
+from cdvideo.base.single_file import BaseParts, check_added_inputs, read_single_file
 from cdvideo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 TINY_BASE = Path(__file__).parent / "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SECOND_TEXT_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
 HASHED_PARTS = ("unet", "text_encoder", "vae")
 
 # What is read of each part: neither variants (fp16, non_ema), nor the same weights as pickles, ONNX, Flax or OpenVINO.
@@ -43,13 +44,22 @@ _WEIGHTS = tuple(
 )
 HUB_FILES = (
     "model_index.json",
-    *(f"{part}/{name}" for part in PARTS for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")),
+    *(
+        f"{part}/{name}"
+        for part in (*PARTS, *SECOND_TEXT_PARTS)
+        for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")
+    ),
 )
 
 
 @dataclass
 class Base:
-    """An image model with all that belongs to it, modules in eval mode and frozen. ``resolution``: native pixels."""
+    """An image model with all that belongs to it, modules in eval mode and frozen.
+
+    resolution: native pixels.
+    text_encoder_2, tokenizer_2: SDXL's second ones; None of other bases.
+    zero_empty_prompt: whether the empty prompt is zeros in place of its encoding, as SDXL learned guidance.
+    """
 
     name: str
     path: Path
@@ -62,11 +72,31 @@ class Base:
     resolution: int
     device: torch.device
     dtype: torch.dtype
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty_prompt: bool = False
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Base:
-        """Move all modules, in place."""
-        for module in (self.unet, self.vae, self.text_encoder):
-            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own warns of every cast, with nothing to say
+    @property
+    def is_sdxl(self) -> bool:
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextModel | CLIPTextModelWithProjection]:
+        """The one, or SDXL's two, by their names in files."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.unet, self.vae, *self.text_encoders.values())
+
+    def to(self, device: torch.device, dtype: torch.dtype, *, resting: Collection[str] = ()) -> Base:
+        """Move all modules, in place; those of the parts that rest, into RAM (`load_base`)."""
+        assert {*resting} <= {*HASHED_PARTS}, f"no such parts: {resting}"
+        for part, module in {"unet": self.unet, "vae": self.vae, **self.text_encoders}.items():
+            own = vae_dtype(self.vae, dtype, is_sdxl=self.is_sdxl) if part == "vae" else dtype
+            home = torch.device("cpu") if part.removesuffix("_2") in resting else device
+            nn.Module.to(module, device=home, dtype=own)  # diffusers' own warns of every cast, with nothing to say
         self.device, self.dtype = device, dtype
         return self
 
@@ -83,9 +113,9 @@ def load_base(
 
     Args:
         name: "tiny" (the embedded base), a local folder in diffusers' layout, a .safetensors or .ckpt file of Stable
-            Diffusion 1.x or 2.x, or a hub id "owner/model"; only a hub id ever touches the network.
-        resting: those of "unet", "vae" and "text_encoder" that stay in RAM, to be on the device only while they work
-            (base/offload.py); on the CPU it makes no difference.
+            Diffusion 1.x, 2.x or XL, or a hub id "owner/model"; only a hub id ever touches the network.
+        resting: those of "unet", "vae" and "text_encoder" (SDXL's both) that stay in RAM, to be on the device only
+            while they work (base/offload.py); on the CPU it makes no difference.
         report: is told in a line what was found, how many tensors found their place, the prediction and the schedule.
 
     Raises:
@@ -109,11 +139,12 @@ def load_base(
         resolution=int(parts.unet.config.sample_size) * 2 ** (len(parts.vae.config.block_out_channels) - 1),
         device=device,
         dtype=dtype,
-    )
-    assert {*resting} <= {*HASHED_PARTS}, f"no such parts: {resting}"
-    for part in HASHED_PARTS:
-        home = torch.device("cpu") if part in resting else device
-        getattr(base, part).to(home).eval().requires_grad_(False)
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer_2=parts.tokenizer_2,
+        zero_empty_prompt=parts.zero_empty_prompt,
+    ).to(device, dtype, resting=resting)
+    for module in base.modules:
+        module.eval().requires_grad_(False)
     matched = ", ".join(f"{part} {number}/{number}" for part, number in parts.matched.items())
     prediction, betas = (parts.scheduler_config.get(key) for key in ("prediction_type", "beta_schedule"))
     report(f"base {name}: {parts.found}; matched {matched}; predicts {prediction}, betas {betas}, hash {base_hash}")
@@ -121,13 +152,20 @@ def load_base(
 
 
 def _check_folder(path: Path, name: str) -> None:
-    for part in PARTS:
+    parts = (*PARTS, *SECOND_TEXT_PARTS) if _is_sdxl_folder(path) else PARTS
+    for part in parts:
         if not (path / part).is_dir():
             raise UserError(
                 f"base {name!r}: {path} has no folder {part!r}",
-                allowed=f"a diffusers folder with {', '.join(PARTS)}",
+                allowed=f"a diffusers folder with {', '.join(parts)}",
                 do="give another --base, or rebuild the embedded one with scripts/make_base.py",
             )
+
+
+def _is_sdxl_folder(path: Path) -> bool:
+    """Whether the UNet also reads a pooled text and sizes, as its config says."""
+    config = path / "unet" / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("addition_embed_type") == "text_time"
 
 
 def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
@@ -139,15 +177,34 @@ def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
     modules = {"UNet": unet, "VAE": vae, "text encoder": load_text_encoder(path / "text_encoder", dtype=dtype)}
     for part, info in (("UNet", unet_info), ("VAE", vae_info)):
         _check_all_matched(part, info, path)
+    second: dict[str, Any] = {}
+    if _is_sdxl_folder(path):
+        second = _read_second_text(path, unet, dtype)
+        modules["second text encoder"] = second["text_encoder_2"]
     return BaseParts(
         unet=unet,
         vae=vae,
         text_encoder=modules["text encoder"],
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-        scheduler_config=dict(DDIMScheduler.load_config(path, subfolder="scheduler")),
-        found="a folder in diffusers' layout",
+        # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would.
+        scheduler_config={"clip_sample": False, **DDIMScheduler.load_config(path, subfolder="scheduler")},
+        found=f"{'SDXL, ' if second else ''}a folder in diffusers' layout",
         matched={part: len(module.state_dict()) for part, module in modules.items()},
+        **second,
     )
+
+
+def _read_second_text(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
+    """What a folder of SDXL has beside the parts of all: fields of BaseParts. Raises UserError for SDXL's refiner."""
+    encoder = load_text_encoder(path / "text_encoder_2", dtype=dtype, kind=CLIPTextModelWithProjection)
+    check_added_inputs(unet, encoder.config.projection_dim, path.name)
+    index = path / "model_index.json"
+    said = json.loads(index.read_text()) if index.is_file() else {}
+    return {
+        "text_encoder_2": encoder,
+        "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+        "zero_empty_prompt": bool(said.get("force_zeros_for_empty_prompt", True)),
+    }
 
 
 def _check_all_matched(part: str, info: Mapping[str, Collection[Any]], path: Path) -> None:
@@ -164,12 +221,12 @@ def _check_all_matched(part: str, info: Mapping[str, Collection[Any]], path: Pat
         )
 
 
-def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
-    """A text encoder on the CPU, without the progress bar that transformers shows for every file."""
+def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32, kind: Any = CLIPTextModel) -> Any:
+    """A text encoder of that class on the CPU, without the progress bar that transformers shows for every file."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        text_encoder, info = CLIPTextModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        text_encoder, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -195,7 +252,7 @@ def find_base(name: str) -> Path:
 
 
 def weights_hash(path: Path) -> str:
-    """16 hex digits of the SHA-256 over the weight files of UNet, text encoder and VAE, names included.
+    """16 hex digits of the SHA-256 over the weight files of UNet, text encoders and VAE, names included.
 
     Only files that are read: variants beside them (fp16) do not matter.
 
@@ -208,7 +265,7 @@ def weights_hash(path: Path) -> str:
     if path.is_file():
         _digest_file(digest, path)
         return digest.hexdigest()[:16]
-    for part in HASHED_PARTS:
+    for part in (*HASHED_PARTS, *(["text_encoder_2"] if _is_sdxl_folder(path) else [])):
         files = sorted(file for pattern in _WEIGHTS for file in (path / part).glob(pattern))
         if not files:
             raise UserError(

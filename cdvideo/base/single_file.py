@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x from one .safetensors or .ckpt file, without a config from anywhere else.
+"""Stable Diffusion 1.x, 2.x and XL from one .safetensors or .ckpt file, without a config from anywhere else.
 
 The config is read from the keys, the weights are renamed by diffusers' own conversion, and the modules are built
 without weights and then given the file's, so no tensor is held twice. Every key of the file is accounted for.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -21,11 +21,23 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_metadata, read_tensors
 from cdvideo.base.latents import Vae
-from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, UNET, VAE, count, text_config, unet_config, vae_config
+from cdvideo.base.ldm import (
+    CLIP,
+    OPEN_CLIP,
+    SCHEDULER,
+    UNET,
+    VAE,
+    XL_CLIP,
+    XL_OPEN_CLIP,
+    count,
+    text_config,
+    unet_config,
+    vae_config,
+)
 from cdvideo.errors import UserError
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip"
@@ -33,8 +45,11 @@ CLIP_VOCABULARY = Path(__file__).parent / "clip"
 # What stands beside the weights: tables of the schedule, marks, and parts of CLIP that are never called.
 _BESIDE = re.compile(
     r"(model_ema|first_stage_model\.loss)\..*|(sqrt_|sqrt_recip_|sqrt_recipm1_|log_|)(one_minus_|)(alphas_cumprod).*"
-    r"|posterior_.*|betas|logvar|lvlb_weights|scale_factor|v_pred|ztsnr|cond_stage_model\..*\.position_ids"
-    r"|cond_stage_model\.(model\.|transformer\.|)(logit_scale|text_projection(\.weight)?|attn_mask)"
+    r"|posterior_.*|betas|logvar|lvlb_weights|scale_factor|v_pred|ztsnr|denoiser\.sigmas"
+    r"|(cond_stage_model|conditioner\.embedders\.[01])\..*\.position_ids"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(model\.|transformer\.|)"
+    r"(logit_scale|text_projection(\.weight)?|attn_mask)"
+    r"|conditioner\.embedders\.1\.(model\.|)(logit_scale|attn_mask)"
 )
 
 
@@ -49,6 +64,9 @@ class BaseParts:
     scheduler_config: dict[str, Any]
     found: str
     matched: Mapping[str, int]
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty_prompt: bool = False
 
 
 class Prediction(NamedTuple):
@@ -66,51 +84,100 @@ def read_single_file(path: Path, *, dtype: torch.dtype = torch.float32) -> BaseP
     Raises:
         UserError: another kind of model, by name; a part that is missing, or a key that has no place.
     """
-    tensors = read_tensors(path)
+    return base_from_tensors(read_tensors(path), path, dtype)
+
+
+def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> BaseParts:
+    """`read_single_file` for tensors that are read already; `tensors` is emptied of what is not used."""
     _refuse_other_kinds(tensors, path)
-    is_second = any(name.startswith(OPEN_CLIP) for name in tensors)
+    family = _family(tensors)
     stated, zero_snr = _stated_prediction(tensors, path), "ztsnr" in tensors
     averaged = _take_averaged(tensors)
     _drop_unused(tensors)
 
     try:
-        unet_shape, vae_shape = unet_config(tensors), vae_config(tensors)
+        unet_shape = unet_config(tensors)
+        vae_shape = vae_config(tensors, scaling_factor=0.13025 if family == "XL" else 0.18215)
         unet_weights = convert_ldm_unet_checkpoint(_part(tensors, UNET), unet_shape)
         vae_weights = convert_ldm_vae_checkpoint(_part(tensors, VAE), vae_shape)
-        text_weights = _open_clip(tensors) if is_second else _clip(tensors)
-        text_shape = text_config(text_weights, activation="gelu" if is_second else "quick_gelu")
+        texts = _texts(tensors, family)
     except (KeyError, IndexError) as error:
         raise _not_whole(path, f"lacks {error}") from error
-    _check_all_used(tensors, [*unet_weights.values(), *vae_weights.values(), *text_weights.values()], path)
-    del tensors
+    text_weights = [weight for _, _, weights in texts.values() for weight in weights.values()]
+    _check_all_used(tensors, [*unet_weights.values(), *vae_weights.values(), *text_weights], path)
+    del tensors, text_weights
     with init_empty_weights():
         unet, vae = UNet2DConditionModel(**unet_shape), AutoencoderKL(**vae_shape)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text_shape))
-    matched = {
-        "UNet": _fill(unet, unet_weights, dtype, path),
-        "VAE": _fill(vae, vae_weights, dtype, path),
-        "text encoder": _fill(text_encoder, text_weights, dtype, path),
-    }
+        encoders = {name: kind(CLIPTextConfig(**shape)) for name, (kind, shape, _) in texts.items()}
+    matched = {"UNet": _fill(unet, unet_weights, dtype, path), "VAE": _fill(vae, vae_weights, dtype, path)}
+    matched |= {name: _fill(encoders[name], weights, dtype, path) for name, (*_, weights) in texts.items()}
 
-    usual = measure_prediction(unet, text_encoder) if is_second else Prediction("epsilon", "as in all of 1.x")
+    text_encoder, *second = encoders.values()
+    usual = (
+        measure_prediction(unet, text_encoder) if family == "2.x" else Prediction("epsilon", f"as in all of {family}")
+    )
     prediction = stated or usual
     # Of Stable Diffusion 2, the models for 768 pixels predict v, those for 512 the noise.
-    unet.register_to_config(sample_size=96 if is_second and prediction.kind == "v_prediction" else 64)
+    wide = family == "2.x" and prediction.kind == "v_prediction"
+    unet.register_to_config(sample_size=128 if family == "XL" else 96 if wide else 64)
     last_steps = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
     return BaseParts(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=load_clip_tokenizer(pad_token="!" if is_second else "<|endoftext|>"),
+        tokenizer=load_clip_tokenizer(pad_token="!" if family == "2.x" else "<|endoftext|>"),
         scheduler_config={**SCHEDULER, "prediction_type": prediction.kind, **last_steps},
-        found=f"Stable Diffusion {'2' if is_second else '1'}.x in one file"
+        found=f"Stable Diffusion {family} in one file"
         f"{' (averaged weights)' if averaged else ''}, prediction known {prediction.source}",
         matched=matched,
+        text_encoder_2=second[0] if second else None,
+        tokenizer_2=load_clip_tokenizer(pad_token="!") if second else None,
+        zero_empty_prompt=bool(second),
     )
 
 
+def _family(tensors: Mapping[str, Tensor]) -> Literal["1.x", "2.x", "XL"]:
+    """By the names of the text encoders, of which `_refuse_other_kinds` has seen some."""
+    if any(name.startswith(XL_CLIP) for name in tensors):
+        return "XL"
+    return "2.x" if any(name.startswith(OPEN_CLIP) for name in tensors) else "1.x"
+
+
+def _texts(tensors: Mapping[str, Tensor], family: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Tensor]]]:
+    """The family's text encoders: class, config's arguments and weights of each."""
+    if family != "XL":
+        weights = _open_clip(tensors, OPEN_CLIP) if family == "2.x" else _clip(tensors, CLIP)
+        shape = text_config(weights, activation="gelu" if family == "2.x" else "quick_gelu")
+        return {"text encoder": (CLIPTextModel, shape, weights)}
+    first, second = _clip(tensors, XL_CLIP), _open_clip(tensors, XL_OPEN_CLIP)
+    projection = {"projection_dim": len(second["text_projection.weight"])}
+    return {
+        "text encoder": (CLIPTextModel, text_config(first, activation="quick_gelu"), first),
+        "second text encoder": (
+            CLIPTextModelWithProjection,
+            text_config(second, activation="gelu") | projection,
+            second,
+        ),
+    }
+
+
+def check_added_inputs(unet: UNet2DConditionModel, pooled_width: int, name: str) -> None:
+    """Raises UserError where the UNet adds something else to its time embedding than SDXL's pooled text and six sizes.
+
+    SDXL's refiner reads an aesthetic score in place of two of them.
+    """
+    wanted = pooled_width + 6 * unet.config["addition_time_embed_dim"]
+    given = unet.config["projection_class_embeddings_input_dim"]
+    if given != wanted:
+        raise UserError(
+            f"{name} holds a UNet that reads {given} numbers beside the text, as SDXL's refiner does",
+            allowed=f"SDXL's base, or a model tuned from it, which reads {wanted}",
+            do="choose another --base",
+        )
+
+
 def load_clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
-    """CLIP's own tokenizer. Stable Diffusion 1.x pads with the end of text, 2.x (OpenCLIP) with id 0, which is "!"."""
+    """CLIP's own tokenizer. Stable Diffusion 1.x pads with the end of text, OpenCLIP's text with id 0, which is "!"."""
     return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, pad_token=pad_token)
 
 
@@ -168,26 +235,27 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoder of 1.x under CLIPTextModel's own names; some merges lack the `text_model.`."""
+def _clip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A text encoder of CLIP under CLIPTextModel's own names; some merges lack the `text_model.`."""
     return {
-        name.removeprefix(CLIP).removeprefix("text_model."): tensor for name, tensor in _part(tensors, CLIP).items()
+        name.removeprefix(prefix).removeprefix("text_model."): tensor for name, tensor in _part(tensors, prefix).items()
     }
 
 
-def _open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoder of 2.x under CLIPTextModel's own names."""
+def _open_clip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A text encoder of OpenCLIP under CLIPTextModel's own names, with its projection where it is used."""
     # diffusers asks the model for its width alone.
     sized = torch.nn.Module()
-    sized.config = CLIPTextConfig(hidden_size=tensors[f"{OPEN_CLIP}token_embedding.weight"].shape[1])
-    converted = convert_open_clip_checkpoint(sized, _part(tensors, OPEN_CLIP), prefix=OPEN_CLIP)
+    sized.config = CLIPTextConfig(hidden_size=tensors[f"{prefix}token_embedding.weight"].shape[1])
+    converted = convert_open_clip_checkpoint(sized, _part(tensors, prefix), prefix=prefix)
     return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
 
 
 def _check_all_used(tensors: Mapping[str, Tensor], weights: Iterable[Tensor], path: Path) -> None:
     """Raises UserError for keys of the file that went into no part. What was renamed still lies at the same place."""
     places = {tensor.data_ptr() for tensor in weights}
-    copied = (".in_proj_weight", ".in_proj_bias")  # OpenCLIP's, taken apart into Q, K and V
+    # OpenCLIP's, taken apart into Q, K and V, or transposed.
+    copied = (".in_proj_weight", ".in_proj_bias", f"{XL_OPEN_CLIP}text_projection")
     strangers = [
         name for name, tensor in tensors.items() if tensor.data_ptr() not in places and not name.endswith(copied)
     ]
@@ -197,10 +265,10 @@ def _check_all_used(tensors: Mapping[str, Tensor], weights: Iterable[Tensor], pa
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> int:
     """Gives an empty module its weights and returns how many; `weights` is emptied on the way."""
-    # transformers before 5.6 has CLIPTextModel's weights under `text_model.`.
+    # transformers before 5.6 has CLIPTextModel's weights under `text_model.`; the model with a projection always has.
     prefix = "text_model." if hasattr(module, "text_model") else ""
-    given = {prefix + name: weights.pop(name).to(dtype) for name in list(weights)}
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    given = {name if name in wanted else prefix + name: weights.pop(name).to(dtype) for name in list(weights)}
     wrong = sorted(
         name for name in wanted.keys() | given.keys() if name not in given or given[name].shape != wanted.get(name)
     )
@@ -214,7 +282,7 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, pat
 def _not_whole(path: Path, what: str) -> UserError:
     return UserError(
         f"{path.name} {what}",
-        allowed="a whole Stable Diffusion 1.x or 2.x in one file, and nothing else in it",
+        allowed="a whole Stable Diffusion 1.x, 2.x or XL in one file, and nothing else in it",
         do="get the file again, or give another --base",
     )
 
@@ -222,26 +290,26 @@ def _not_whole(path: Path, what: str) -> UserError:
 def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
     first = tensors.get(f"{UNET}input_blocks.0.0.weight")
     channels = 4 if first is None else first.shape[1]
-    has = {
-        prefix: any(name.startswith(prefix) for name in tensors) for prefix in (VAE, CLIP, OPEN_CLIP, "conditioner.")
-    }
+    prefixes = (VAE, CLIP, OPEN_CLIP, XL_CLIP, XL_OPEN_CLIP, "conditioner.embedders.0.model.")
+    has = {prefix: any(name.startswith(prefix) for name in tensors) for prefix in prefixes}
     joined = "\n".join(tensors)
     kinds = {
-        "Stable Diffusion XL": has["conditioner."],
+        "Stable Diffusion XL's refiner": has["conditioner.embedders.0.model."],
+        "half of SDXL's two text encoders": has[XL_CLIP] != has[XL_OPEN_CLIP],
         "a LoRA": "lora" in joined,
         "motion modules": "motion_modules." in joined,
         "parts of a diffusers folder": first is None
         and re.search(r"^(down_blocks|encoder|text_model)\.", joined, re.M),
         "no UNet of Stable Diffusion": first is None,
         f"a model that reads {channels} channels (inpainting, depth or editing)": channels != 4,
-        "a model with class labels": "label_emb." in joined,
+        "a model with class labels": "label_emb." in joined and not has[XL_CLIP],
         "no autoencoder": not has[VAE],
-        "no text encoder": not (has[CLIP] or has[OPEN_CLIP]),
+        "no text encoder": not (has[CLIP] or has[OPEN_CLIP] or has[XL_CLIP]),
     }
     for kind, is_it in kinds.items():
         if is_it:
             raise UserError(
                 f"{path.name} holds {kind}",
-                allowed="text-to-image models of the Stable Diffusion 1 and 2 family, whole in one file or folder",
+                allowed="text-to-image models of Stable Diffusion 1, 2 and XL, whole in one file or folder",
                 do="choose another file with --base",
             )

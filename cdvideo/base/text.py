@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class TokenBatch:
 
 
 class TextFeatures(NamedTuple):
-    """hidden_BLD: last layer after the final layer norm; eos_BD: the same at the true end-of-text position."""
+    """hidden_BLD: what the UNet reads; eos_BD: last layer after the final norm, at the true end-of-text position."""
 
     hidden_BLD: Tensor
     eos_BD: Tensor
@@ -107,7 +107,13 @@ def tokenize(
     return TokenBatch(ids_BL, tuple(all_slots), torch.tensor(eos))
 
 
-def encode_text(text_encoder: CLIPTextModel, batch: TokenBatch, *, rows: TokenRows | None = None) -> TextFeatures:
+def encode_text(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    batch: TokenBatch,
+    *,
+    rows: TokenRows | None = None,
+    penultimate: bool = False,
+) -> TextFeatures:
     """Encode tokenised prompts; the rows of concept tokens replace the table's embeddings at the batch's slots.
 
     The pooled feature is read at the true end-of-text position, also when the encoder's own pooling (highest id) would
@@ -115,6 +121,8 @@ def encode_text(text_encoder: CLIPTextModel, batch: TokenBatch, *, rows: TokenRo
 
     Args:
         rows: concept token -> rows_KD, one entry for every token that has a slot.
+        penultimate: hidden_BLD is the last layer but one, before the final norm, as SDXL reads it; else the last layer
+            after the norm.
 
     Returns:
         hidden_BLD and eos_BD in the encoder's dtype, on its device.
@@ -132,12 +140,13 @@ def encode_text(text_encoder: CLIPTextModel, batch: TokenBatch, *, rows: TokenRo
 
     hook = table.register_forward_hook(splice) if batch.slots else None
     try:
-        hidden_BLD = text_encoder(input_ids=batch.ids_BL.to(device)).last_hidden_state
+        encoded = text_encoder(input_ids=batch.ids_BL.to(device), output_hidden_states=penultimate)
     finally:
         if hook is not None:
             hook.remove()
-    eos_B = batch.eos_B.to(device)
-    return TextFeatures(hidden_BLD, hidden_BLD[torch.arange(len(eos_B), device=device), eos_B])
+    last_BLD, eos_B = encoded.last_hidden_state, batch.eos_B.to(device)
+    eos_BD = last_BLD[torch.arange(len(eos_B), device=device), eos_B]
+    return TextFeatures(encoded.hidden_states[-2] if penultimate else last_BLD, eos_BD)
 
 
 def is_vocabulary_word(tokenizer: CLIPTokenizer, word: str) -> bool:

@@ -8,21 +8,22 @@
 The base is never written: while a concept acts, the UNet holds other tensors in place of its own, and gets them back.
 
 Concepts that were trained here leave the text encoder as it is. LoRA files from elsewhere often change it too: `lora`
-and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`.
+and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`, in SDXL's second one with
+`text_encoder_2.text_model.`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
+from cdvideo.base.loader import Base
 from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.kv import attached, kv_projections, zero_deltas
 from cdvideo.concept.lora import layers_in_place, lora_factors, lora_layers, lora_paths, merged_weight
@@ -78,10 +79,12 @@ def tuned(unet: UNet2DConditionModel, concept: Concept | None) -> Iterator[None]
 
 
 @contextmanager
-def tuned_text(text_encoder: CLIPTextModel, concept: Concept | None) -> Iterator[None]:
-    """Within the block the text encoder acts as the concept has tuned it; afterwards it is bit-equal to what it was."""
-    changes = {} if concept is None else text_changes(text_encoder, concept)
-    with replaced(text_encoder, _sums(text_encoder, changes)):
+def tuned_text(base: Base, concept: Concept | None) -> Iterator[None]:
+    """Within the block the text encoders act as the concept has tuned them; afterwards they are bit-equal to before."""
+    with ExitStack() as stack:
+        if concept is not None:
+            for prefix, encoder in text_models(base).items():
+                stack.enter_context(replaced(encoder, _sums(encoder, _changes(encoder, concept, prefix))))
         yield
 
 
@@ -98,14 +101,24 @@ def parameter_changes(unet: UNet2DConditionModel, concept: Concept) -> dict[str,
     return _changes(unet, concept, "unet.")
 
 
-def text_changes(text_encoder: CLIPTextModel, concept: Concept) -> dict[str, Tensor]:
-    """What the concept adds to the text encoder's parameters, by their names in it; of most concepts nothing."""
-    return _changes(text_encoder, concept, text_prefix(text_encoder))
+def text_changes(base: Base, concept: Concept) -> dict[str, Tensor]:
+    """What the concept adds to the text encoders' parameters, by `delta_name`; of most concepts nothing."""
+    return {
+        delta_name(name, prefix): change
+        for prefix, encoder in text_models(base).items()
+        for name, change in _changes(encoder, concept, prefix).items()
+    }
 
 
-def text_prefix(text_encoder: CLIPTextModel) -> str:
-    """How names of the text encoder's layers begin in a file. transformers 5 took `text_model` out; files keep it."""
-    return "text_encoder." if hasattr(text_encoder, "text_model") else "text_encoder.text_model."
+def text_models(base: Base) -> dict[str, nn.Module]:
+    """The base's text encoders, by how names of their layers begin in a file.
+
+    transformers 5 took `text_model` out of the first; files keep it.
+    """
+    return {
+        f"{name}." if hasattr(encoder, "text_model") else f"{name}.text_model.": encoder
+        for name, encoder in base.text_encoders.items()
+    }
 
 
 def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
@@ -114,13 +127,9 @@ def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
     return anchor_loss([*changes.values()], [parameters[name] for name in changes]) if changes else torch.zeros(())
 
 
-def unfit_weights(
-    unet: UNet2DConditionModel, concept: Concept, *, text_encoder: CLIPTextModel | None = None
-) -> list[str]:
-    """The names of those of the concept's weights that have no place in this UNet, or in this text encoder."""
-    models: dict[str, nn.Module] = {"unet.": unet}
-    if text_encoder is not None:
-        models[text_prefix(text_encoder)] = text_encoder
+def unfit_weights(base: Base, concept: Concept) -> list[str]:
+    """The names of those of the concept's weights that have no place in this base's UNet or text encoders."""
+    models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
     if concept.metadata.adapter == "lora":
         layers = {prefix + path: layer for prefix, model in models.items() for path, layer in model.named_modules()}
         return [name for name, factor in concept.weights.items() if not _fits_layer(layers, name, factor)]
@@ -130,7 +139,7 @@ def unfit_weights(
         for name, parameter in model.named_parameters()
     }
     if concept.metadata.adapter == "kv":
-        places = {name: places[name] for name in kv_projections(unet)}
+        places = {name: places[name] for name in kv_projections(base.unet)}
     return [name for name, delta in concept.weights.items() if places.get(name) != delta.shape]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from cdvideo.base.loader import Base
+from cdvideo.base.prompts import encode_prompts, latent_sizes, repeated
 from cdvideo.base.schedule import add_noise, make_scheduler
-from cdvideo.base.text import encode_text, tokenize
+from cdvideo.base.text import tokenize
 from cdvideo.concept.adapters import tuned, tuned_text
 from cdvideo.concept.concept import Concept
 
@@ -63,11 +64,12 @@ def attention_maps(
     noisy_BCHW = add_noise(
         scheduler, latents_NCHW.to(base.device).repeat(repeats), noise_NCHW.repeat(repeats), timesteps_B
     )
-    batch = tokenize(base.tokenizer, [prompt], tokens=counts)
-    with tuned_text(base.text_encoder, concept):
-        text_1LD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
+    with tuned_text(base, concept):
+        text = encode_prompts(base, [prompt], rows=rows)
+    text_BLD = text.hidden_BLD.expand(len(timesteps_B), -1, -1)
+    added = repeated(text.added(latent_sizes(base, latents_NCHW)), len(timesteps_B))
     with tuned(base.unet, concept), _recording(base.unet, member_LW) as seen:
-        base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_1LD.expand(len(timesteps_B), -1, -1))
+        base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD, added_cond_kwargs=added)
 
     maps: dict[str, dict[int, Tensor]] = {word: {} for word in words}
     for pixels in sorted({shares_BQW.shape[1] for shares_BQW in seen}, reverse=True):

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
 from cdvideo.base.offload import at_work
+from cdvideo.base.prompts import encode_prompts, latent_sizes, repeated
 from cdvideo.base.schedule import add_noise, make_scheduler
-from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.config import DataConfig
 from cdvideo.concept.phrases import CLOSE_UP, FAR_AWAY, fill, training_prompts
 from cdvideo.errors import UserError
@@ -29,11 +29,16 @@ Size: TypeAlias = Literal["small", "full", "large"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One picture as it is shown: pixels_CHW in [-1, 1], the region that counts (mask_1HW, in pixels), and its size."""
+    """One picture as it is shown: pixels_CHW in [-1, 1], the region that counts (mask_1HW, in pixels), and its size.
+
+    sizes_6, for SDXL (arXiv 2307.01952, section 2.2): height and width of the picture before it was scaled, what was
+    cut off above and on the left, height and width of what is shown; in pixels.
+    """
 
     pixels_CHW: Tensor
     mask_1HW: Tensor
     size: Size
+    sizes_6: Tensor
 
 
 def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Random, *, cell: int) -> Variant:
@@ -67,8 +72,15 @@ def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Rando
         mask_1HW.zero_()
         mask_1HW[:, y + cell : y + side - cell, x + cell : x + side - cell] = 1
     pixels_HWC = torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 127.5 - 1)
+    enlarged = side / min(image.size)
+    top, left = (round((length * enlarged - side) / 2) for length in (image.height, image.width))
+    if side >= size:
+        top, left = top + y, left + x
     return Variant(
-        pixels_HWC.permute(2, 0, 1), mask_1HW, "small" if side < size else "large" if side > size else "full"
+        pixels_HWC.permute(2, 0, 1),
+        mask_1HW,
+        "small" if side < size else "large" if side > size else "full",
+        torch.tensor([image.height, image.width, top, left, size, size], dtype=torch.float32),
     )
 
 
@@ -76,19 +88,21 @@ def augment(image: Image.Image, size: int, config: DataConfig, rng: random.Rando
 class Batch:
     """What a step is shown: latents_BCHW, and for each a prompt, and the same prompt of the class alone.
 
-    masks_B1HW: 1 where the picture is to be learned; around_B1HW: 1 where it only surrounds the subject.
+    masks_B1HW: 1 where the picture is to be learned; around_B1HW: 1 where it only surrounds the subject. sizes_B6: as a
+    variant has them.
     """
 
     latents_BCHW: Tensor
     masks_B1HW: Tensor
     around_B1HW: Tensor
+    sizes_B6: Tensor
     prompts: list[str]
     class_prompts: list[str]
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """All variants of one subject as latents: latents_NCHW, masks_N1HW and around_N1HW in their cells, each one's size.
+    """All variants of one subject as latents: latents_NCHW, masks_N1HW and around_N1HW in their cells, their sizes.
 
     `phrase` and `class_phrase` name the subject in prompts ("sks dog", "dog").
     """
@@ -98,6 +112,7 @@ class LatentCache:
     latents_NCHW: Tensor
     masks_N1HW: Tensor
     around_N1HW: Tensor
+    sizes_N6: Tensor
     sizes: tuple[Size, ...]
     templates: tuple[str, ...]
 
@@ -111,7 +126,7 @@ class LatentCache:
         picks = picks.to(self.latents_NCHW.device)
         prompts, class_prompts = ([fill(t, phrase) for t in templates] for phrase in (self.phrase, self.class_phrase))
         masks_B1HW, around_B1HW = self.masks_N1HW[picks], self.around_N1HW[picks]
-        return Batch(self.latents_NCHW[picks], masks_B1HW, around_B1HW, prompts, class_prompts)
+        return Batch(self.latents_NCHW[picks], masks_B1HW, around_B1HW, self.sizes_N6[picks], prompts, class_prompts)
 
     def _template(self, size: Size, template: str) -> str:
         return (CLOSE_UP if size == "large" else template) + (FAR_AWAY if size == "small" else "")
@@ -129,6 +144,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         torch.cat([batch.latents_BCHW for batch in batches]),
         torch.cat([batch.masks_B1HW for batch in batches]),
         torch.cat([batch.around_B1HW for batch in batches]),
+        torch.cat([batch.sizes_B6 for batch in batches]),
         [prompt for batch in batches for prompt in batch.prompts],
         [prompt for batch in batches for prompt in batch.class_prompts],
     )
@@ -184,8 +200,9 @@ def cache_latents(
     if config.focus == "subject":
         masks_N1HW = pasted_N1HW * subject_masks(base, latents_NCHW, fill("a picture of a {}", class_phrase), seed=seed)
     around_N1HW = pasted_N1HW - masks_N1HW
+    sizes_N6 = torch.stack([v.sizes_6 for v in variants]).to(base.device)
     sizes, templates = tuple(v.size for v in variants), training_prompts(config.style)
-    return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, around_N1HW, sizes, templates)
+    return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, around_N1HW, sizes_N6, sizes, templates)
 
 
 MASK_DRAWS = 4  # of noise
@@ -206,7 +223,7 @@ def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = make_scheduler(base.scheduler_config)
-    text_BLD = encode_text(base.text_encoder, tokenize(base.tokenizer, [class_prompt, ""])).hidden_BLD
+    text = encode_prompts(base, [class_prompt, ""])
     masks = []
     for part_BCHW in latents_NCHW.split(MASK_BATCH):
         timesteps_B = torch.full((len(part_BCHW),), scheduler.config["num_train_timesteps"] // 2, device=base.device)
@@ -214,8 +231,11 @@ def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: 
         for _ in range(MASK_DRAWS):
             noise_BCHW = torch.randn(part_BCHW.shape, generator=generator).to(base.device)
             noisy_BCHW = add_noise(scheduler, part_BCHW, noise_BCHW, timesteps_B).to(base.dtype).repeat(2, 1, 1, 1)
-            text_2BLD = text_BLD.repeat_interleave(len(part_BCHW), dim=0)
-            prediction_BCHW = base.unet(noisy_BCHW, timesteps_B.repeat(2), text_2BLD).sample.float()
+            text_2BLD = text.hidden_BLD.repeat_interleave(len(part_BCHW), dim=0)
+            added = repeated(text.added(latent_sizes(base, part_BCHW)), len(part_BCHW))
+            prediction_BCHW = base.unet(
+                noisy_BCHW, timesteps_B.repeat(2), text_2BLD, added_cond_kwargs=added
+            ).sample.float()
             with_class_BCHW, without_BCHW = prediction_BCHW.chunk(2)
             contrast_B1HW += (with_class_BCHW - without_BCHW).abs().mean(dim=1, keepdim=True)
         width = 2 * (part_BCHW.shape[-1] // 16) + 1  # about an eighth of a side

@@ -1,10 +1,12 @@
 """The concept file: one safetensors file with all that a concept is, and where it came from.
 
-Tensors: `tokens.<token>` (K, D), float32, and what the adapter learned in the UNet. For `kv` and `unet` that is
+Tensors: `tokens.<token>` (K, D), float32, D the width of the text, which in SDXL is that of both text encoders side by
+side; and what the adapter learned in the UNet. For `kv` and `unet` that is
 `unet.<path>.delta` (`unet.<path>.bias.delta` for biases), float16: the change to add to the base's weight, and half
 precision of the change is finer than half precision of the changed weight would be. For `lora` it is peft's factors,
 `unet.<path>.lora_A.weight` and so on, float32; `token` has nothing more. What was converted from elsewhere may have no
-token, and may change the text encoder too, under `text_encoder.text_model.<path>`.
+token, and may change the text encoder too, under `text_encoder.text_model.<path>`, and SDXL's second one under
+`text_encoder_2.text_model.<path>`.
 Metadata: one JSON object under the key `concept` (ConceptMetadata). No file paths, no user names.
 """
 
@@ -25,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.base.loader import TINY_BASE, Base
+from cdvideo.base.prompts import text_widths
 from cdvideo.base.text import find_tokens
 from cdvideo.concept.adapters import unfit_weights
 from cdvideo.concept.concept import FORMAT_VERSION, Concept, ConceptMetadata
@@ -176,8 +179,8 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
 
 def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str], object]) -> None:
     """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
-    width = base.text_encoder.config.hidden_size
-    unfit = unfit_weights(base.unet, concept, text_encoder=base.text_encoder)
+    width = sum(text_widths(base))
+    unfit = unfit_weights(base, concept)
     unfit += [token for token, rows_KD in concept.tokens.items() if rows_KD.ndim != 2 or rows_KD.shape[1] != width]
     count = len(concept.weights) + len(concept.tokens)
     if unfit:

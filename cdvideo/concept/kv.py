@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+
+from cdvideo.base.loader import Base
 
 
 def kv_projections(unet: UNet2DConditionModel) -> dict[str, nn.Linear]:
@@ -72,7 +73,7 @@ def _adding(delta: Tensor) -> Any:
     return add
 
 
-def initial_rows(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str, num_rows: int) -> Tensor:
+def initial_rows(base: Base, words: str, num_rows: int) -> Tensor:
     """Trainable input rows of a concept's token: the mean embedding of some words, in float32.
 
     Args:
@@ -82,16 +83,17 @@ def initial_rows(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: s
     Returns:
         rows_KD.
     """
-    mean_D = _embeddings(text_encoder, tokenizer, words).mean(dim=0)
+    mean_D = torch.cat([each_LD.mean(dim=0) for each_LD in _embeddings(base, words)])
     return mean_D.repeat(num_rows, 1).requires_grad_()
 
 
-def embedding_norm(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str) -> float:
-    """The mean norm of the embeddings of some words."""
-    return _embeddings(text_encoder, tokenizer, words).norm(dim=-1).mean().item()
+def embedding_norms(base: Base, words: str) -> list[float]:
+    """The mean norm of the embeddings of some words, in each of the base's text encoders."""
+    return [each_LD.norm(dim=-1).mean().item() for each_LD in _embeddings(base, words)]
 
 
-def _embeddings(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: str) -> Tensor:
-    ids = tokenizer(words, add_special_tokens=False).input_ids
+def _embeddings(base: Base, words: str) -> list[Tensor]:
+    """Of some words in each of the base's text encoders."""
+    ids = base.tokenizer(words, add_special_tokens=False).input_ids
     assert ids, f"no tokens in {words!r}"
-    return text_encoder.get_input_embeddings().weight[ids].detach().float()
+    return [encoder.get_input_embeddings().weight[ids].detach().float() for encoder in base.text_encoders.values()]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cdvideo.base.loader import Base
-from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
+from cdvideo.base.prompts import encode_batch, tokenize_prompts
+from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.lora import lora_paths
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
@@ -146,12 +146,9 @@ def _merged_kv(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
 
 def _summed(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
     summed: dict[str, Tensor] = {}
-    prefix = text_prefix(base.text_encoder)
     for concept in concepts:
         changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
-        for name, change in text_changes(base.text_encoder, concept).items():
-            changes[delta_name(name, prefix)] = change
-        for name, change in changes.items():
+        for name, change in (changes | text_changes(base, concept)).items():
             summed[name] = summed.get(name, 0) + change.float()
     return {name: change.half() for name, change in summed.items()}
 
@@ -176,14 +173,14 @@ def _concept_features(base: Base, concept: Concept) -> Tensor:
     """features_SD of the concept's words in its training prompts: from each token to the end of the text."""
     phrases = [f"{token} {word}" for token, word in concept.metadata.class_words.items()]
     prompts = [fill(template, phrase) for phrase in phrases for template in training_prompts("photo")]
-    batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows) for token, rows in concept.tokens.items()})
-    hidden_BLD = encode_text(base.text_encoder, batch, rows=concept.tokens).hidden_BLD.float()
+    batch = tokenize_prompts(base, prompts, concept.tokens)
+    hidden_BLD = encode_batch(base, batch, rows=concept.tokens).hidden_BLD.float()
     starts = {slot.prompt: slot.at for slot in reversed(batch.slots)}
     return torch.cat([hidden_BLD[b, start : batch.eos_B[b] + 1] for b, start in sorted(starts.items())])
 
 
 def _text_features(base: Base, prompts: Sequence[str]) -> Tensor:
     """features_ND of all positions of prompts, start and end included."""
-    batch = tokenize(base.tokenizer, prompts)
-    hidden_BLD = encode_text(base.text_encoder, batch).hidden_BLD.float()
+    batch = tokenize_prompts(base, prompts)
+    hidden_BLD = encode_batch(base, batch).hidden_BLD.float()
     return torch.cat([hidden_LD[: end + 1] for hidden_LD, end in zip(hidden_BLD, batch.eos_B, strict=True)])

@@ -6,24 +6,23 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from cdvideo.base.loader import Base
-from cdvideo.base.text import TokenRows, encode_text, tokenize
+from cdvideo.base.prompts import encode_each, joined_features, split_rows, tokenize_prompts
+from cdvideo.base.text import TokenRows, encode_text
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.losses import semantic_preservation_loss, semantic_relation_loss
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
 
 
 def phrase_features(base: Base, phrases: list[str], rows: TokenRows | None = None) -> Tensor:
-    """Features of phrases at their true end-of-text position: features_TD.
+    """Features of phrases at their true end-of-text position: features_TD, of SDXL's two encoders as `joined_features`.
 
     Attention is causal, so the padding behind the longest phrase can not reach that position and is left out.
     """
-    rows = rows or {}
-    batch = tokenize(base.tokenizer, phrases, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
+    batch = tokenize_prompts(base, phrases, rows)
     batch = dataclasses.replace(batch, ids_BL=batch.ids_BL[:, : int(batch.eos_B.max()) + 1])
-    return encode_text(base.text_encoder, batch, rows=rows).eos_BD.float()
+    return joined_features([of_encoder.eos_BD.float() for of_encoder in encode_each(base, batch, rows=rows)])
 
 
 class SemanticPreservation:
@@ -76,16 +75,18 @@ class SemanticPreservation:
         writes the token's rows over the sum of token and position embedding. Subtracting the position beforehand does
         the same.
         """
-        rows_KD, text_encoder = rows[token], self.base.text_encoder
         phrase = fill(self.templates[0], self.config.phrases[token])
-        batch = tokenize(self.base.tokenizer, [phrase], tokens={token: len(rows_KD)})
+        batch = tokenize_prompts(self.base, [phrase], {token: rows[token]})
         at = [slot.at for slot in batch.slots]
-        positions_KD = _position_embedding(text_encoder).weight[at]
-        hidden_BLD = encode_text(text_encoder, batch, rows={token: rows_KD - positions_KD.float()}).hidden_BLD
-        return hidden_BLD[:, at[-1]].float()
+        features = []
+        for encoder, own in zip(self.base.text_encoders.values(), split_rows(self.base, rows), strict=True):
+            positions_KD = _position_embedding(encoder).weight[at]
+            hidden_BLD = encode_text(encoder, batch, rows={token: own[token] - positions_KD.float()}).hidden_BLD
+            features.append(hidden_BLD[:, at[-1]].float())
+        return joined_features(features)
 
 
-def _position_embedding(text_encoder: CLIPTextModel) -> nn.Embedding:
+def _position_embedding(text_encoder: nn.Module) -> nn.Embedding:
     """Found by name: transformers 5 took away the level `text_model` above it."""
     (found,) = (
         module for name, module in text_encoder.named_modules() if name.endswith("embeddings.position_embedding")

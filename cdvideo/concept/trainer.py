@@ -19,15 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdvideo.base.loader import Base
+from cdvideo.base.prompts import encode_prompts, text_widths
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
-from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import Adapter, make_adapter, squared_change
 from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
 from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig, DataConfig
 from cdvideo.concept.data import LatentCache, cache_latents, draw_mixed, joined, picture_side
 from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
-from cdvideo.concept.kv import embedding_norm, initial_rows
+from cdvideo.concept.kv import embedding_norms, initial_rows
 from cdvideo.concept.losses import background_loss, denoising_loss, output_preservation_loss
 from cdvideo.concept.optimizer import check_optimizer, make_optimizer
 from cdvideo.concept.phrases import fill
@@ -75,7 +75,7 @@ def train_concept(
             can not draw at the resolution, or the optimizer is not to be had here.
         KeyboardInterrupt: After Ctrl-C, once the step has ended and the state is written.
     """
-    assert not any(p.requires_grad for m in (base.unet, base.vae, base.text_encoder) for p in m.parameters())
+    assert not any(p.requires_grad for m in base.modules for p in m.parameters())
     pictures = pictures if isinstance(pictures, Mapping) else {config.token: pictures}
     optim, preserve, loss_weights = config.optim, config.preserve, config.loss_weights
     check_optimizer(optim, base.device)
@@ -99,10 +99,10 @@ def train_concept(
     state_file = run.folder / STATE_FILE
     start = _resume(state, drift, run, config.steps) if resume else 0
 
-    def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str]) -> Tensor:
-        tokens = tokenize(base.tokenizer, prompts, tokens={token: len(r) for token, r in concept.tokens.items()})
-        text_BLD = encode_text(base.text_encoder, tokens, rows=concept.tokens).hidden_BLD
-        return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
+    def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str], sizes_B6: Tensor) -> Tensor:
+        text = encode_prompts(base, prompts, rows=concept.tokens)
+        added = text.added(sizes_B6)
+        return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text.hidden_BLD, added_cond_kwargs=added).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
     with deferred_interrupt() as interrupted, bar:
@@ -120,7 +120,7 @@ def train_concept(
             ).to(base.device)
             noisy_BCHW = add_noise(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
             target_BCHW = training_target(scheduler, batch.latents_BCHW, noise_BCHW, timesteps_B)
-            of_class = noisy_BCHW[:size], timesteps_B[:size], batch.class_prompts[:size]
+            of_class = noisy_BCHW[:size], timesteps_B[:size], batch.class_prompts[:size], batch.sizes_B6[:size]
             if preserve.output_weight or preserve.background_weight:
                 with torch.no_grad():
                     base_prediction_BCHW = predict(*of_class)
@@ -129,7 +129,8 @@ def train_concept(
             if preserve.anchor_weight:  # while the UNet has its own weights
                 losses["anchor"] = squared_change(base.unet, concept)
             with adapter.attached():
-                prediction_BCHW, masks_B1HW = predict(noisy_BCHW, timesteps_B, batch.prompts), batch.masks_B1HW
+                prediction_BCHW = predict(noisy_BCHW, timesteps_B, batch.prompts, batch.sizes_B6)
+                masks_B1HW = batch.masks_B1HW
                 losses["denoise"] = denoising_loss(prediction_BCHW[:size], target_BCHW[:size], masks_B1HW[:size])
                 if config.semantic.weight:
                     losses["semantic"] = semantic_preservation(concept.tokens, generator)
@@ -186,10 +187,7 @@ def rate_factor(step: int, *, steps: int, decay: float) -> float:
 def new_concept(base: Base, config: ConceptConfig, adapter: Adapter) -> Concept:
     """The concept before its first step: trainable, and without any effect on the UNet."""
     starts = {token: config.adapter.initialiser or class_word for token, class_word in config.class_words.items()}
-    rows = {
-        token: initial_rows(base.text_encoder, base.tokenizer, words, config.adapter.num_rows)
-        for token, words in starts.items()
-    }
+    rows = {token: initial_rows(base, words, config.adapter.num_rows) for token, words in starts.items()}
     metadata = ConceptMetadata(
         class_words=config.class_words,
         initialiser=starts[config.token],
@@ -258,8 +256,9 @@ def _keep_norm(base: Base, concept: Concept) -> None:
     CoRe (arXiv 2408.15914) rescales the concept's embedding so; DTI (arXiv 2512.13672) learns its direction alone.
     """
     for token, rows_KD in concept.tokens.items():
-        norm = embedding_norm(base.text_encoder, base.tokenizer, concept.metadata.class_words[token])
-        rows_KD *= norm / rows_KD.norm(dim=-1, keepdim=True)
+        norms = embedding_norms(base, concept.metadata.class_words[token])
+        for part_KD, norm in zip(rows_KD.split(text_widths(base), dim=1), norms, strict=True):
+            part_KD *= norm / part_KD.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def custom_diffusion_tensors(base: Base, concept: Concept) -> dict[str, Tensor |
         for part, rest in _PARTS
     }
     beyond = [name for name in whole if name not in keys]
-    beyond += [name for name in concept.weights if name.startswith("text_encoder.")]
+    beyond += [name for name in concept.weights if name.startswith("text_encoder")]
     if beyond or not whole:
         raise UserError(
             f"the concept changes {beyond[0] if beyond else 'no weight of the UNet'}",

@@ -36,7 +36,6 @@ _OTHER_KINDS = {
     "control_model.": "a ControlNet",
 }
 _LYCORIS_PARTS = (".hada_w", ".lokr_w", ".diff", ".w_norm")
-_SDXL_KEYS = ("lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,9 @@ def tell_kind(path: Path, content: Any, header: Mapping[str, str]) -> str:
     for part, what in _OTHER_KINDS.items():
         if found := next((key for key in dict(_flat("", content)) if part in key), None):
             raise UserError(f"{path} is {what}: it holds {found}", allowed=READABLE, do="name another file")
-    if found := next((key for key in keys if key.startswith(_SDXL_KEYS)), None):
-        raise UserError(f"{path} was made for SDXL: it holds {found}", allowed=READABLE, do="name one for this base")
     if any("custom_diffusion" in key for key in keys):
         return CUSTOM_DIFFUSION
-    if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_")) for key in keys):
+    if any(key.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) for key in keys):
         return LYCORIS if any(_is_of_lycoris(key, content[key]) for key in content) else KOHYA
     if found := next((key for key in keys if ".hada_w" in key or ".lokr_w" in key), None):
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from cdvideo.concept.file import read_metadata
 from cdvideo.interchange.files import LYCORIS, OWN, TEXTUAL_INVERSION, Foreign, read_foreign
 from cdvideo.interchange.lycoris import forms
+from cdvideo.interchange.sdxl import ROWS
 
 # What headers say about a file's use, in kohya's and Stability's words.
 _TOLD = ("modelspec.title", "modelspec.trigger_phrase", "modelspec.architecture", "ss_base_model_version")
@@ -54,6 +55,8 @@ def _details(foreign: Foreign) -> Iterator[str]:
 
 def _text_width(foreign: Foreign, tensors: dict[str, Tensor]) -> int | None:
     """The text's width, where rows or a cross-attention's K tell it."""
+    if set(ROWS) <= tensors.keys():
+        return sum(tensors[name].shape[-1] for name in ROWS)
     if foreign.kind == TEXTUAL_INVERSION:
         return max(tensor.shape[-1] for tensor in tensors.values() if tensor.ndim)
     keys = [tensor for key, tensor in tensors.items() if "attn2" in key and "to_k" in key and tensor.ndim == 2]

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import text_prefix
+from cdvideo.concept.adapters import text_models
 from cdvideo.concept.lora import lora_paths
 from cdvideo.errors import UserError
+from cdvideo.interchange import sdxl
 from cdvideo.interchange.files import KOHYA, PEFT, Foreign
 
 PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps alpha, beside the factors
 METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings, in the header
+_MODELS = ("unet", "text_encoder", "text_encoder_2")
 _KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid", "alpha": "alpha"}
 _KOHYA_PARTS["dora_scale"] = "m"
 _PEFT_PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "down.weight": "A", "up.weight": "B", "alpha": "alpha"}
@@ -52,8 +54,8 @@ class LoraLayer:
 
 
 def adaptable_layers(base: Base) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear layer and convolution of UNet and text encoder, by its name in a concept file."""
-    models: dict[str, nn.Module] = {"unet.": base.unet, text_prefix(base.text_encoder): base.text_encoder}
+    """Every linear layer and convolution of UNet and text encoders, by its name in a concept file."""
+    models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
     return {
         prefix + path: layer
         for prefix, model in models.items()
@@ -70,6 +72,8 @@ def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str
     """
     layers = adaptable_layers(base)
     kohya = {kohya_name(name): name for name in layers}
+    if base.is_sdxl:
+        kohya |= {sdxl.kohya_name(name): name for name in layers}
     tensors = foreign.tensors
     keys: dict[str, dict[str, str]] = {}
     lost = []
@@ -90,9 +94,10 @@ def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str
             alpha = float(parts["alpha"]) if "alpha" in parts else _peft_alpha(name, layer.rank, settings)
             read[name] = replace(layer, alpha=alpha)
     if lost:
+        family = sdxl.made_for(tensors)
         raise UserError(
             f"{foreign.path}: matched {len(tensors) - len(lost)}/{len(tensors)} tensors of base "
-            f"{base.name!r}; no place for {lost[0]}",
+            f"{base.name!r}; no place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),
             allowed="LoRA factors (down, up, mid, alpha, DoRA's magnitudes) of layers that the base has, in its sizes",
             do="use the --base that the file was made for",
         )
@@ -143,11 +148,11 @@ def low_rank(change: Tensor, rank: int | None) -> tuple[LoraLayer, float, float]
     return LoraLayer(down.float(), up.float(), alpha=kept), error, sizes_R.square().sum().item()
 
 
-def kohya_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
+def kohya_tensors(layers: Mapping[str, LoraLayer], *, is_sdxl: bool = False) -> dict[str, Tensor]:
     """As kohya's scripts name and shape them."""
     tensors = {}
     for name, layer in layers.items():
-        stem = kohya_name(name)
+        stem = sdxl.kohya_name(name) if is_sdxl else kohya_name(name)
         tensors[f"{stem}.lora_down.weight"] = layer.down
         tensors[f"{stem}.lora_up.weight"] = layer.up
         tensors[f"{stem}.alpha"] = torch.tensor(float(layer.alpha))
@@ -196,7 +201,7 @@ def _peft_magnitude(layer: LoraLayer) -> Tensor:
 
 def _within(name: str) -> str:
     """A layer's path in its model, as the ends of paths that all versions of transformers have."""
-    return name.removeprefix("unet.").removeprefix("text_encoder.").removeprefix("text_model.")
+    return re.sub(r"^(unet|text_encoder|text_encoder_2)\.", "", name).removeprefix("text_model.")
 
 
 def _kohya_place(key: str, names: Mapping[str, str]) -> tuple[str | None, str | None]:
@@ -210,22 +215,24 @@ def _peft_place(key: str, layers: Mapping[str, nn.Module]) -> tuple[str | None, 
     match = _PEFT_KEY.fullmatch(plain)
     if match is None:
         return None, None
-    path = match["path"].removeprefix("unet.").removeprefix("text_encoder.").removeprefix("text_model.")
+    path = _within(match["path"])
     old = match["oldest"]
     unet, text = (f".{old}{'.0' * (old == 'to_out')}", f".{old.removeprefix('to_')}_proj") if old else ("", "")
     places = [f"unet.{path}{unet}", f"text_encoder.text_model.{path}{text}"]
+    if match["path"].startswith("text_encoder_2."):
+        places = [f"text_encoder_2.text_model.{path}{text}"]
     return next((place for place in places if place in layers), None), _PEFT_PARTS[match["part"]]
 
 
 def _settings_by_model(foreign: Foreign) -> dict[str, dict[str, Any]]:
-    """PEFT's settings of "unet" and "text_encoder", out of the header or, in PEFT's own folders, the file beside."""
+    """PEFT's settings of each of `_MODELS`, out of the header or, in PEFT's own folders, the file beside."""
     beside = foreign.path.with_name(PEFT_CONFIG)
     if foreign.kind == PEFT and beside.is_file():
-        return dict.fromkeys(("unet", "text_encoder"), json.loads(beside.read_text(encoding="utf-8")))
+        return dict.fromkeys(_MODELS, json.loads(beside.read_text(encoding="utf-8")))
     flat = json.loads(foreign.header.get(METADATA, "{}"))
     return {
         model: {key.removeprefix(f"{model}."): value for key, value in flat.items() if key.startswith(f"{model}.")}
-        for model in ("unet", "text_encoder")
+        for model in _MODELS
     }
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import delta_name, text_prefix
+from cdvideo.concept.adapters import delta_name, text_models
 from cdvideo.errors import UserError
+from cdvideo.interchange import sdxl
 from cdvideo.interchange.files import Foreign
 from cdvideo.interchange.lora import kohya_name
 
@@ -77,12 +78,14 @@ def read_lycoris(foreign: Foreign, base: Base) -> dict[str, Tensor]:
 
 def _places(base: Base) -> dict[str, tuple[str, str, nn.Module]]:
     """By kohya's names: the model's prefix, the path within it, and the layer, of all that has a weight."""
-    models: dict[str, nn.Module] = {"unet.": base.unet, text_prefix(base.text_encoder): base.text_encoder}
+    models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
+    names = (kohya_name, sdxl.kohya_name) if base.is_sdxl else (kohya_name,)
     return {
-        kohya_name(prefix + path): (prefix, path, layer)
+        name(prefix + path): (prefix, path, layer)
         for prefix, model in models.items()
         for path, layer in model.named_modules()
         if isinstance(getattr(layer, "weight", None), Tensor)
+        for name in names
     }
 
 

@@ -16,10 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes, text_prefix
+from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.file import frozen_copy, save_concept
 from cdvideo.errors import UserError
+from cdvideo.interchange import sdxl
 from cdvideo.interchange.custom_diffusion import custom_diffusion_tensors
 from cdvideo.interchange.lora import (
     METADATA,
@@ -65,21 +66,23 @@ def write_kohya(export: Export) -> None:
     factors, settings = as_factors(_lora_layers(export))
     layers = as_layers(factors, settings["alpha"])
     width = export.base.text_encoder.config.hidden_size
-    resolution = str(export.concept.metadata.resolution)
+    is_sdxl, resolution = export.base.is_sdxl, str(export.concept.metadata.resolution)
+    architecture = sdxl.ARCHITECTURE if is_sdxl else _ARCHITECTURES.get(width, "stable-diffusion")
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(layer.rank for layer in layers.values())),
         "ss_network_alpha": str(settings["alpha"]),
         "ss_v2": str(width == 1024),
+        **({"ss_base_model_version": "sdxl_base_v1-0"} if is_sdxl else {}),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES.get(width, 'stable-diffusion')}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": export.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": export.concept.metadata.prediction_type.removesuffix("_prediction"),
         "modelspec.trigger_phrase": ", ".join(_phrases(export.concept)),
     }
-    _write_safetensors(export, f"{export.name}.safetensors", kohya_tensors(layers), header)
+    _write_safetensors(export, f"{export.name}.safetensors", kohya_tensors(layers, is_sdxl=is_sdxl), header)
     _write_tokens(export)
 
 
@@ -103,7 +106,7 @@ def write_peft(export: Export) -> None:
         UserError: For a concept that changes the text encoder: PEFT's folders are of one model.
     """
     layers = _lora_layers(export)
-    if any(name.startswith("text_encoder.") for name in layers):
+    if any(name.startswith("text_encoder") for name in layers):
         raise UserError(
             "the concept changes the text encoder too",
             allowed="changes of the UNet alone, since an adapter of PEFT belongs to one model",
@@ -129,7 +132,16 @@ def write_custom_diffusion(export: Export) -> None:
     """What diffusers' Custom Diffusion script writes: weights for `load_attn_procs`, and each token in a file.
 
     Pickles, since diffusers' own loader needs the empty entries that safetensors can not hold; of tensors alone.
+
+    Raises:
+        UserError: For a concept of SDXL, whose tokens these files have no place for.
     """
+    if export.base.is_sdxl:
+        raise UserError(
+            "the concept is of SDXL",
+            allowed="concepts of Stable Diffusion 1 or 2: Custom Diffusion's files hold rows for one text encoder",
+            do="write it as a LoRA: --to kohya or --to diffusers",
+        )
     tensors = custom_diffusion_tensors(export.base, export.concept)
     _write(export, "pytorch_custom_diffusion_weights.bin", _pickled(tensors))
     for token, rows_KD in export.concept.tokens.items():
@@ -153,9 +165,8 @@ def _lora_layers(export: Export) -> dict[str, LoraLayer]:
         raise UserError("the concept is a token alone", allowed="changes of the model", do="use --to textual-inversion")
     if concept.metadata.adapter == "lora":
         return as_layers(concept.weights, float(concept.metadata.adapter_settings["alpha"]))
-    prefix = text_prefix(base.text_encoder)
     changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
-    changes |= {delta_name(name, prefix): c for name, c in text_changes(base.text_encoder, concept).items()}
+    changes |= text_changes(base, concept)
     changes = {name.removesuffix(".delta"): change for name, change in changes.items() if change.any()}
     places = adaptable_layers(base)
     beyond = sorted(changes.keys() - places.keys())
@@ -188,9 +199,10 @@ def _phrases(concept: Concept) -> list[str]:
 
 
 def _write_tokens(export: Export) -> None:
-    """Each token's rows under its name: what diffusers writes, and what web UIs read as well."""
+    """Each token's rows under its name: what diffusers writes, and what web UIs read as well; SDXL's in two parts."""
     for token, rows_KD in export.concept.tokens.items():
-        _write_safetensors(export, f"{file_name(token)}.safetensors", {token: _rows(rows_KD)}, {"format": "pt"})
+        rows = sdxl.parted_rows(export.base, rows_KD) if export.base.is_sdxl else {token: _rows(rows_KD)}
+        _write_safetensors(export, f"{file_name(token)}.safetensors", rows, {"format": "pt"})
 
 
 def _rows(rows_KD: Tensor) -> Tensor:

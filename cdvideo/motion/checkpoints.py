@@ -7,8 +7,12 @@ The published versions differ in little, and ask for different settings (guoyww/
     v2          32 rows          yes            mm_sd_v15_v2; AnimateDiff-Lightning is distilled from it
     v3          32 rows          no             v3_sd15_mm
     AnimateLCM  none             yes            sd15_t2v_beta
+    SDXL beta   32 rows          no             mm_sdxl_v10_beta, three blocks
+    HotshotXL   24 rows          no             hsxl_temporal_layers, three blocks, names of its own
 
-All of them were trained with linear betas, whatever the image model has, and with GroupNorm over each frame. The last
+All of them were trained with GroupNorm over each frame; those for Stable Diffusion 1.x with linear betas, whatever the
+image model has. Those for SDXL keep its betas, which are linear in their roots ("scaled_linear"; ldm and ComfyUI say
+"linear"): HotshotXL exactly, the SDXL beta up to 0.02 in place of 0.012 (guoyww/AnimateDiff, branch sdxl). AnimateLCM
 and Lightning are distilled: they take few steps of a sampler of their own (guoyww's README and ByteDance's, and
 AnimateLCM's, have the settings). AnimateLCM also wants its own LoRA in the image model.
 """
@@ -30,7 +34,10 @@ from cdvideo.motion.config import MotionConfig
 
 LCM_MAX_FRAMES = 64  # its table is computed, so any length has one; ComfyUI-AnimateDiff-Evolved stops here
 
+_HOTSHOT_TABLE = ".pos_encoder.positional_encoding"
 _RENAMES = (
+    (".temporal_attentions.", ".motion_modules."),
+    (_HOTSHOT_TABLE, ".pos_encoder.pe"),
     (".temporal_transformer.", "."),
     (".attention_blocks.0.pos_encoder.", ".pos_embed."),
     (".attention_blocks.1.pos_encoder.", ".pos_embed."),
@@ -58,7 +65,7 @@ class MotionFile:
 
 
 def read_motion_file(path: Path) -> MotionFile:
-    """Reads motion modules for Stable Diffusion 1.x from one file, in AnimateDiff's or diffusers' keys.
+    """Reads motion modules from one file, in AnimateDiff's, HotshotXL's or diffusers' keys.
 
     Raises:
         UserError: what is in the file is something else, and what; or it holds unknown keys.
@@ -76,12 +83,16 @@ def read_motion_file(path: Path) -> MotionFile:
     if strangers:
         raise _not_motion(path, f"{len(strangers)} unknown keys, such as {strangers[0]}")
     has_table = any(name.endswith(".pos_embed.pe") for name in weights)
-    version, config = as_trained(_config_from(weights, path), has_table=has_table, file_name=path.name)
+    config = _config_from(weights, path)
+    if any(name.endswith(_HOTSHOT_TABLE) for name in tensors):
+        version, config = "HotshotXL (trained on films of 8 frames)", replace(config, joint_image_norms=True)
+    else:
+        version, config = as_trained(config, has_table=has_table, file_name=path.name)
     return MotionFile(version, config, weights, len(left_out))
 
 
 def rename(name: str) -> str:
-    """A key of AnimateDiff as MotionAdapter has it; MotionAdapter's own keys stay."""
+    """A key of AnimateDiff or HotshotXL as MotionAdapter has it; MotionAdapter's own keys stay."""
     for old, new in _RENAMES:
         name = name.replace(old, new)
     return name
@@ -92,8 +103,12 @@ def as_trained(config: MotionConfig, *, has_table: bool = True, file_name: str =
 
     Lightning has the keys of v2, so it is known by its file's name alone, which also tells its steps; they are counted
     back from the last one (arXiv 2403.12706). So is AnimateLCM as diffusers has it, with a position table. In v1 the
-    image model's own GroupNorms took their statistics over all frames (`use_inflated_groupnorm` came with v2).
+    image model's own GroupNorms took their statistics over all frames (`use_inflated_groupnorm` came with v2), and so
+    they do in what is for SDXL: in HotshotXL by its source, in the beta as ComfyUI-AnimateDiff-Evolved runs it.
     """
+    if len(config.block_out_channels) == 3:
+        betas: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_end": 0.02}
+        return "AnimateDiff for SDXL, beta", replace(config, norm_mode="original", joint_image_norms=True, **betas)
     config = replace(config, norm_mode="original", beta_schedule="linear")
     name = file_name.lower()
     if not has_table or "animatelcm" in name:
@@ -115,12 +130,12 @@ def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
     layers = _layers_per_block(weights)
     tables = {tensor.shape[1] for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
     depths = {_count(weights, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.") for place in _modules(weights)}
-    if len(layers) == 3:
-        raise _not_motion(path, "AnimateDiff's motion modules for SDXL (mm_sdxl_v10_beta)")
-    if len(layers) != 4 or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:
+    if len(layers) not in (3, 4) or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:
         raise _not_motion(path, f"motion modules in {len(layers)} blocks of {layers} layers, tables of {tables} rows")
     return MotionConfig(
-        block_out_channels=tuple(len(weights[f"down_blocks.{b}.motion_modules.0.norm.weight"]) for b in range(4)),
+        block_out_channels=tuple(
+            len(weights[f"down_blocks.{b}.motion_modules.0.norm.weight"]) for b in range(len(layers))
+        ),
         motion_layers_per_block=layers[0],
         motion_transformer_layers_per_block=depths.pop(),
         motion_max_seq_length=tables.pop() if tables else LCM_MAX_FRAMES,
@@ -149,12 +164,10 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
     kinds = {
         "a motion LoRA, which changes motion modules and is none": "motion_modules." in names and "lora" in names,
         "a LoRA for the image model, as the domain adapter of AnimateDiff v3 is (v3_sd15_adapter)": "lora" in names,
-        "HotshotXL's motion modules, for SDXL": "pos_encoder.positional_encoding" in names
-        or ".temporal_attentions." in names,
         "a SparseCtrl encoder": "controlnet_cond_embedding." in names,
         "PIA, whose image model reads 9 channels": first is not None and first.shape[1] == 9,
         "an image model in Stable Diffusion's keys": "model.diffusion_model." in names,
-        "no motion modules": ".motion_modules." not in names,
+        "no motion modules": ".motion_modules." not in names and ".temporal_attentions." not in names,
     }
     for kind, is_it in kinds.items():
         if is_it:
@@ -164,6 +177,6 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _not_motion(path: Path, found: str) -> UserError:
     return UserError(
         f"{path.name} holds {found}",
-        allowed="motion modules for Stable Diffusion 1.x: AnimateDiff v1, v2, v3, Lightning, or AnimateLCM",
+        allowed="motion modules: AnimateDiff v1, v2, v3, Lightning or SDXL beta, AnimateLCM, HotshotXL",
         do="choose another file with --motion; motion LoRAs go to --motion-lora, LoRAs for images to --concept",
     )

@@ -21,8 +21,8 @@ class MotionConfig:
 
     norm_mode: over what the GroupNorm at a motion module's entrance takes its statistics: "original" over each
         frame (what AnimateDiff's checkpoints were trained with), "diffusers" over all frames of a film jointly.
-    beta_schedule, timestep_spacing: the noise that the weights were trained for and the steps to take through it, in
-        the words of diffusers' schedulers; None is the base's own.
+    beta_schedule, beta_end, timestep_spacing: the noise that the weights were trained for and the steps to take through
+        it, in the words of diffusers' schedulers; None is the base's own.
     sampler, steps, guidance: what the weights were distilled for (AnimateLCM, Lightning); None where any will do.
     joint_image_norms: whether the image model's own GroupNorms, those of its resnets and its output, take their
         statistics over all frames of a film, as in AnimateDiff v1.
@@ -39,7 +39,8 @@ class MotionConfig:
     motion_max_seq_length: int = 32
     use_motion_mid_block: bool = True
     norm_mode: NormMode = "original"
-    beta_schedule: Literal["linear"] | None = None
+    beta_schedule: Literal["linear", "scaled_linear"] | None = None
+    beta_end: float = 0.012
     timestep_spacing: Literal["trailing"] | None = None
     sampler: Literal["euler", "lcm"] | None = None
     steps: int | None = None
@@ -76,7 +77,7 @@ class MotionConfig:
     @property
     def schedule(self) -> dict[str, Any]:
         """Settings of a scheduler that films need in place of the base's own."""
-        betas = {"beta_schedule": self.beta_schedule, "beta_start": 0.00085, "beta_end": 0.012}
+        betas = {"beta_schedule": self.beta_schedule, "beta_start": 0.00085, "beta_end": self.beta_end}
         return (betas if self.beta_schedule else {}) | (
             {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         )

@@ -28,7 +28,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Ours alone. diffusers passes over config keys that start with an underscore, in silence.
 _OWN_FIELDS = (
-    *("norm_mode", "beta_schedule", "timestep_spacing", "sampler", "steps", "guidance"),
+    *("norm_mode", "beta_schedule", "beta_end", "timestep_spacing", "sampler", "steps", "guidance"),
     *("joint_image_norms", "trained_for"),
 )
 
@@ -92,6 +92,8 @@ def load_motion(
 def _settings(config: MotionConfig) -> str:
     """What the version asks of the sampler, in words."""
     parts = [f"up to {config.motion_max_seq_length} frames", f"betas {config.beta_schedule or 'as the base has them'}"]
+    if config.beta_schedule and config.beta_end != 0.012:
+        parts[-1] += f" to {config.beta_end:g}"
     if config.timestep_spacing:
         parts.append(f"{config.timestep_spacing} steps")
     if config.sampler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -24,8 +24,8 @@ class VideoUNet:
     through a frozen `unet` works by calling this.
 
     Raises:
-        UserError: the motion modules have other widths than the UNet, or the UNet is of a kind (SDXL, ...) whose
-            extra conditioning this walk does not know.
+        UserError: the motion modules have other widths than the UNet, or the UNet is of a kind whose extra
+            conditioning this walk does not know.
     """
 
     def __init__(self, unet: UNet2DConditionModel, motion: MotionModules) -> None:
@@ -34,13 +34,21 @@ class VideoUNet:
         self.unet = unet
         self.motion = motion
 
-    def __call__(self, latents_BFCHW: Tensor, timestep: Tensor | int, text_BLD: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        latents_BFCHW: Tensor,
+        timestep: Tensor | int,
+        text_BLD: Tensor | None,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Predicts what the base was trained to predict (noise or velocity), for whole films.
 
         Args:
             latents_BFCHW: noisy latents.
             timestep: one for all films, or timesteps_B.
             text_BLD: encoded prompts, one per film; None when the cross-attentions read a compiled prompt.
+            added: what SDXL's UNet reads beside the text, its `added_cond_kwargs`, one for each film or for each of its
+                frames.
 
         Returns:
             prediction_BFCHW
@@ -52,15 +60,24 @@ class VideoUNet:
         self._check_frames(num_frames)
         if self.motion.config.joint_image_norms:
             with joint_norms(self.unet, num_frames):
-                return self._walk(latents_BFCHW, timestep, text_BLD)
-        return self._walk(latents_BFCHW, timestep, text_BLD)
+                return self._walk(latents_BFCHW, timestep, text_BLD, added)
+        return self._walk(latents_BFCHW, timestep, text_BLD, added)
 
-    def _walk(self, latents_BFCHW: Tensor, timestep: Tensor | int, text_BLD: Tensor | None) -> Tensor:
+    def _walk(
+        self,
+        latents_BFCHW: Tensor,
+        timestep: Tensor | int,
+        text_BLD: Tensor | None,
+        added: Mapping[str, Tensor] | None,
+    ) -> Tensor:
         num_frames = latents_BFCHW.shape[1]
         unet, motion = self.unet, self.motion
 
         time_BD = unet.time_embedding(unet.get_time_embed(sample=latents_BFCHW, timestep=timestep))
         time_ND = time_BD.repeat_interleave(num_frames, dim=0)
+        if added is not None:
+            added_BD = unet.get_aug_embed(time_BD, text_BLD, added)
+            time_ND = time_ND + added_BD.repeat_interleave(len(time_ND) // len(added_BD), dim=0)
         text_NLD = None if text_BLD is None else text_BLD.repeat_interleave(num_frames, dim=0)
 
         run = self._layer_runner(num_frames)
@@ -152,9 +169,10 @@ def _layers(resnets: Sequence[nn.Module], block: Any, motion_block: Any) -> Iter
 
 
 def _check_kind(unet: UNet2DConditionModel) -> None:
-    """The walk repeats UNet2DConditionModel.forward for the Stable Diffusion 1 and 2 family, and for no other."""
-    unknown = ["addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn"]
+    """The walk repeats UNet2DConditionModel.forward for Stable Diffusion 1, 2 and XL, and for no other."""
+    unknown = ["class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn"]
     extra = [name for name in unknown if unet.config.get(name) is not None]
+    extra += ["addition_embed_type"] if unet.config.get("addition_embed_type") not in (None, "text_time") else []
     extra += [name for name in ("center_input_sample", "num_class_embeds") if unet.config.get(name)]
     blocks = {*unet.config["down_block_types"], unet.config["mid_block_type"], *unet.config["up_block_types"]}
     known = {"CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
@@ -162,6 +180,6 @@ def _check_kind(unet: UNet2DConditionModel) -> None:
     if extra:
         raise UserError(
             f"an image model with {', '.join(extra)}",
-            allowed="UNets of the Stable Diffusion 1 and 2 family",
+            allowed="UNets of Stable Diffusion 1, 2 and XL",
             do="choose another base",
         )

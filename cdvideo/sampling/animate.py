@@ -195,7 +195,9 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
         return None, None
     if files == ((SAMPLE_CONCEPT, 1.0),):
         print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
-    with at_work(base.device, base.unet, base.text_encoder):  # several concepts are merged by what these make of them
+    with at_work(
+        base.device, base.unet, *base.text_encoders.values()
+    ):  # several concepts are merged by what these make of them
         concept = load_adapters(base, files, report=_report(config))
     if concept.tokens and not find_tokens(config.prompt, list(concept.tokens)):
         tokens = ", ".join(concept.tokens)

@@ -44,10 +44,15 @@ def sample_images(
     """
     assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
     noise_BCHW = draw_noise(seeds, (base.unet.config.in_channels, *latent_size(base, width, height)))
-    compiled = compile_prompts(base, guided_prompts(prompts, negative_prompt, guidance), concept=concept)
+    size, read = (
+        (height or base.resolution, width or base.resolution),
+        guided_prompts(prompts, negative_prompt, guidance),
+    )
+    compiled = compile_prompts(base, read, concept=concept, size=size)
 
     def predict(latents_BCHW: Tensor, timestep: Tensor, _step: int) -> Tensor:
-        return base.unet(latents_BCHW.to(base.dtype), timestep, None, return_dict=False)[0].float()
+        options = {"added_cond_kwargs": compiled.added, "return_dict": False}
+        return base.unet(latents_BCHW.to(base.dtype), timestep, None, **options)[0].float()
 
     with at_work(base.device, base.unet), tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BCHW = denoise(

@@ -20,7 +20,7 @@ from torch import Tensor
 from cdvideo.attention import attend
 from cdvideo.base.loader import Base
 from cdvideo.base.offload import at_work
-from cdvideo.base.text import encode_text, tokenize
+from cdvideo.base.prompts import encode_prompts, picture_sizes
 from cdvideo.concept.adapters import tuned, tuned_text
 from cdvideo.concept.concept import Concept
 
@@ -29,25 +29,31 @@ from cdvideo.concept.concept import Concept
 class PromptKV:
     """B compiled prompts: for each cross-attention, by its name in the UNet, keys_BNLE and values_BNLE.
 
-    N are the heads and E the channels of a head. All frames of a film read the same copy.
+    N are the heads and E the channels of a head. All frames of a film read the same copy. added: what SDXL's UNet reads
+    beside them, its `added_cond_kwargs`; None for other bases.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
+    added: Mapping[str, Tensor] | None = None
 
 
 @torch.inference_mode()
-def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | None = None) -> PromptKV:
+def compile_prompts(
+    base: Base, prompts: Sequence[str], *, concept: Concept | None = None, size: tuple[int, int] | None = None
+) -> PromptKV:
     """Encodes B prompts with the concept's token rows, and reads them with the concept's K and V.
 
     The base is as before when this returns. A concept of token, K and V is wholly in what is returned; one that has
     tuned more of the UNet also needs `tuned` around the sampling.
+
+    Args:
+        size: height and width of the pictures to come, in pixels, which SDXL reads; None is the base's own resolution.
     """
-    rows = {} if concept is None else concept.tokens
-    batch = tokenize(base.tokenizer, prompts, tokens={token: len(rows_KD) for token, rows_KD in rows.items()})
-    with at_work(base.device, base.text_encoder), tuned_text(base.text_encoder, concept):
-        text_BLD = encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
+    with at_work(base.device, *base.text_encoders.values()), tuned_text(base, concept):
+        text = encode_prompts(base, prompts, rows=None if concept is None else concept.tokens)
     with at_work(base.device, base.unet), tuned(base.unet, concept):
-        return read_text(base.unet, text_BLD)
+        layers = read_text(base.unet, text.hidden_BLD).layers
+    return PromptKV(layers, text.added(picture_sizes(*(size or (base.resolution, base.resolution)))))
 
 
 def read_text(unet: UNet2DConditionModel, text_BLD: Tensor) -> PromptKV:

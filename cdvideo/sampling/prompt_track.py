@@ -6,7 +6,7 @@ at a part of its strength is a mixture of the prompt compiled with it and withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,22 +36,27 @@ class FilmPrompts:
         """Whether what is read depends on the frame or the step."""
         return len(self.keys) > 1 or not all(curve.constant for curve in self.control.concept_curves)
 
-    def read(self, layer: str, part: int, *, negative: bool, done: float, frames: Sequence[int]) -> Tensor:
-        """K (part 0) or V (part 1) for these frames; one row where all read the same.
+    def read(
+        self, pick: Callable[[PromptKV], Tensor], share: float, *, negative: bool, done: float, frames: Sequence[int]
+    ) -> Tensor:
+        """One of the tensors that a prompt is compiled to, for these frames; one row where all read the same.
 
         Args:
+            pick: such as K of a layer, for R rows.
+            share: of the concept's strength that acts there.
             done: share of the denoising that lies behind.
         """
         weights_FR = self._weights(negative, frames)
         over_steps, over_frames = self.control.concept_curves
-        strength_F = torch.tensor([over_steps.at(done) * over_frames.at(f) for f in frames]) * self._of_layer(layer)
+        strength_F = torch.tensor([over_steps.at(done) * over_frames.at(f) for f in frames]) * share
         if (weights_FR == weights_FR[0]).all() and (strength_F == strength_F[0]).all():
             weights_FR, strength_F = weights_FR[:1], strength_F[:1]
-        read_FNLE = _mix(self.rows.layers[layer][part], weights_FR)
+        read = _mix(pick(self.rows), weights_FR)
         if self.plain is None:
-            return read_FNLE
-        plain_FNLE = _mix(self.plain.layers[layer][part], weights_FR)
-        return torch.lerp(plain_FNLE, read_FNLE, strength_F.to(read_FNLE).view(-1, 1, 1, 1))
+            return read
+        return torch.lerp(
+            _mix(pick(self.plain), weights_FR), read, strength_F.to(read).view(-1, *[1] * (read.ndim - 1))
+        )
 
     def _weights(self, negative: bool, frames: Sequence[int]) -> Tensor:
         """weights_FR: how much each frame reads of each row."""
@@ -65,18 +70,26 @@ class FilmPrompts:
                 weights_FR[row, count - len(self.keys) + key] = weight
         return weights_FR
 
-    def _of_layer(self, layer: str) -> float:
+    def share_of(self, layer: str) -> float:
+        """The concept's strength in the layer's part of the UNet."""
         places = {"down": self.control.concept_down, "mid": self.control.concept_mid, "up": self.control.concept_up}
         return places[layer.split("_")[0]]
 
 
 def compile_film(
-    base: Base, prompts: dict[int, str], negative_prompt: str | None, *, concept: Concept | None, control: Control
+    base: Base,
+    prompts: dict[int, str],
+    negative_prompt: str | None,
+    *,
+    concept: Concept | None,
+    control: Control,
+    size: tuple[int, int] | None = None,
 ) -> FilmPrompts:
     """Compiles one film's prompts, by key frame; alone, so that they do not depend on the film's company.
 
     Args:
         negative_prompt: None without guidance.
+        size: as in `compile_prompts`.
 
     Raises:
         UserError: a part of the concept's strength is asked for, and it has no part that can be given.
@@ -84,8 +97,8 @@ def compile_film(
     texts = [*([] if negative_prompt is None else [negative_prompt]), *prompts.values()]
     plain = None
     if not control.concept_is_whole:
-        plain = compile_prompts(base, texts, concept=class_in_place(base, concept))
-    return FilmPrompts(tuple(prompts), compile_prompts(base, texts, concept=concept), plain, control)
+        plain = compile_prompts(base, texts, concept=class_in_place(base, concept), size=size)
+    return FilmPrompts(tuple(prompts), compile_prompts(base, texts, concept=concept, size=size), plain, control)
 
 
 def class_in_place(base: Base, concept: Concept | None) -> Concept:
@@ -101,7 +114,7 @@ def class_in_place(base: Base, concept: Concept | None) -> Concept:
     if concept.weights and concept.metadata.adapter != "kv":
         do = "give the file a weight that holds all along: --concept FILE:WEIGHT"
         raise UserError(f"a changing strength for a concept of kind {concept.metadata.adapter}", allowed=allowed, do=do)
-    table = base.text_encoder.get_input_embeddings().weight
+    tables = [encoder.get_input_embeddings().weight for encoder in base.text_encoders.values()]
     tokens = {}
     for token, rows_KD in concept.tokens.items():
         word = concept.metadata.class_words.get(token, "")
@@ -109,7 +122,8 @@ def class_in_place(base: Base, concept: Concept | None) -> Concept:
         ids = batch.ids_BL[0, 1 : int(batch.eos_B[0])]
         if len(ids) == 0:
             raise UserError(f"a strength for {token!r}, whose class is not known", allowed=allowed, do="leave it 1")
-        tokens[token] = table[ids.to(table.device)].float().mean(0).expand(len(rows_KD), -1)
+        mean_D = torch.cat([table[ids.to(table.device)].float().mean(0) for table in tables])
+        tokens[token] = mean_D.expand(len(rows_KD), -1)
     return Concept(tokens, {}, concept.metadata)
 
 
@@ -119,23 +133,36 @@ def read_films(films: Sequence[FilmPrompts], *, guided: bool, done: float, frame
     Returns:
         One row for each film where no film's frames differ in what they read, else one for each frame of each film.
     """
-    layers = {}
-    for layer in films[0].rows.layers:
-        parts = []
-        for part in (0, 1):
-            rows = [
-                film.read(layer, part, negative=negative, done=done, frames=frames)
-                for negative in ([True, False] if guided else [False])
-                for film in films
-            ]
-            count = max(map(len, rows))
-            parts.append(torch.cat([row.expand(count, -1, -1, -1) for row in rows]))
-        layers[layer] = (parts[0], parts[1])
-    return PromptKV(layers)
+
+    def read(pick: Callable[[PromptKV], Tensor], layer: str | None = None) -> Tensor:
+        rows = [
+            film.read(pick, 1.0 if layer is None else film.share_of(layer), negative=negative, done=done, frames=frames)
+            for negative in ([True, False] if guided else [False])
+            for film in films
+        ]
+        count = max(map(len, rows))
+        return torch.cat([row.expand(count, *row.shape[1:]) for row in rows])
+
+    first = films[0].rows
+    layers = {layer: (read(_in_layer(layer, 0), layer), read(_in_layer(layer, 1), layer)) for layer in first.layers}
+    added = None if first.added is None else {name: read(_in_added(name)) for name in first.added}
+    return PromptKV(layers, added)
 
 
-def _mix(rows_RNLE: Tensor, weights_FR: Tensor) -> Tensor:
+def _in_layer(layer: str, part: int) -> Callable[[PromptKV], Tensor]:
+    return lambda prompt: prompt.layers[layer][part]
+
+
+def _in_added(name: str) -> Callable[[PromptKV], Tensor]:
+    def pick(prompt: PromptKV) -> Tensor:
+        assert prompt.added is not None
+        return prompt.added[name]
+
+    return pick
+
+
+def _mix(rows: Tensor, weights_FR: Tensor) -> Tensor:
     """Rows taken as they are where weights are 0 and 1, else mixed."""
     if ((weights_FR == 0) | (weights_FR == 1)).all():
-        return rows_RNLE[weights_FR.argmax(dim=1).to(rows_RNLE.device)]
-    return torch.einsum("fr,rnle->fnle", weights_FR.to(rows_RNLE), rows_RNLE)
+        return rows[weights_FR.argmax(dim=1).to(rows.device)]
+    return torch.einsum("fr,r...->f...", weights_FR.to(rows), rows)

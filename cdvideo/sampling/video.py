@@ -187,11 +187,17 @@ def _window_model(
 ) -> Iterator[Callable[[Window], Predict]]:
     """Within the block: the model that predicts these frames of all films, with guidance, on the base's device."""
     with_guidance = settings.guidance != 1
+    size = (settings.height or base.resolution, settings.width or base.resolution)
     prompts = [
         compile_film(
-            base, f.prompts, f.negative_prompt if with_guidance else None, concept=f.concept, control=f.control
+            base,
+            film.prompts,
+            film.negative_prompt if with_guidance else None,
+            concept=film.concept,
+            control=film.control,
+            size=size,
         )
-        for f in films
+        for film in films
     ]
     moves = [film.control.motion_curve for film in films]
     varies = any(each.varies for each in prompts)
@@ -199,13 +205,14 @@ def _window_model(
     def predict_at(shown: Window) -> Predict:
         def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
             latents_BFCHW, timestep = latents_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
+            now = steady
             with ExitStack() as held:
                 if varies:
                     done = step / max(settings.steps - 1, 1)
                     now = read_films(prompts, guided=with_guidance, done=done, frames=shown)
                     held.enter_context(reading(base.unet, now))
                 held.enter_context(moving(video_unet.motion, moves, shown, copies=1 + with_guidance))
-                return video_unet(latents_BFCHW, timestep, None).float()
+                return video_unet(latents_BFCHW, timestep, None, now.added).float()
 
         return guided(predict, settings.guidance)
 

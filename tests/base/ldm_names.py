@@ -93,7 +93,20 @@ def official(family: int, unet: nn.Module, vae: nn.Module, text_encoder: nn.Modu
     return tensors | open_clip(text)
 
 
-def unet_name(name: str) -> str:
+def official_xl(unet: nn.Module, vae: nn.Module, first: nn.Module, second: nn.Module) -> dict[str, Tensor]:
+    """All tensors under the names of sd_xl_base_1.0.safetensors, with what merges leave beside them."""
+    tensors = {f"model.diffusion_model.{unet_name(name, xl=True)}": t for name, t in unet.state_dict().items()}
+    tensors |= {f"first_stage_model.{vae_name(name)}": as_conv(name, t) for name, t in vae.state_dict().items()}
+    clip, of_open_clip = (
+        {name.removeprefix("text_model."): t for name, t in encoder.state_dict().items()} for encoder in (first, second)
+    )
+    prefix = "conditioner.embedders.0.transformer.text_model."
+    tensors |= {f"{prefix}{name}": t for name, t in clip.items()}
+    tensors |= {f"{prefix}embeddings.position_ids": torch.arange(77)[None], "denoiser.sigmas": torch.ones(1000)}
+    return tensors | open_clip(of_open_clip, "conditioner.embedders.1.model.", unused=0)
+
+
+def unet_name(name: str, *, xl: bool = False) -> str:
     name = re.sub(
         r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)",
         lambda m: f"input_blocks.{3 * int(m[1]) + int(m[3]) + 1}.{int(m[2] == 'attentions')}",
@@ -111,12 +124,14 @@ def unet_name(name: str) -> str:
     )
     name = re.sub(
         r"^up_blocks\.(\d)\.upsamplers\.0\.conv",
-        lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}.conv",
+        lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' and not xl else 2}.conv",
         name,
     )
     for new, old in [
         ("time_embedding.linear_1", "time_embed.0"),
         ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
         ("conv_in.", "input_blocks.0.0."),
         ("conv_norm_out", "out.0"),
         ("conv_out", "out.2"),
@@ -154,19 +169,21 @@ def as_conv(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None].contiguous() if is_projection else tensor
 
 
-def open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's names: Q, K and V in one, a last layer that Stable Diffusion 2 does not use, a projection."""
-    prefix = "cond_stage_model.model."
+def open_clip(
+    text: dict[str, Tensor], prefix: str = "cond_stage_model.model.", *, unused: int = 1
+) -> dict[str, Tensor]:
+    """OpenCLIP's names: Q, K and V in one, a projection, and a last layer that Stable Diffusion 2 does not use."""
+    projection = text.get("text_projection.weight", torch.randn(TEXT_WIDTH, TEXT_WIDTH))
     layers = 1 + max(int(name.split(".")[2]) for name in text if name.startswith("encoder.layers."))
     tensors = {
         f"{prefix}positional_embedding": text["embeddings.position_embedding.weight"],
         f"{prefix}token_embedding.weight": text["embeddings.token_embedding.weight"],
         f"{prefix}ln_final.weight": text["final_layer_norm.weight"],
         f"{prefix}ln_final.bias": text["final_layer_norm.bias"],
-        f"{prefix}text_projection": torch.randn(TEXT_WIDTH, TEXT_WIDTH),
+        f"{prefix}text_projection": projection.T.contiguous(),
         f"{prefix}logit_scale": torch.tensor(1.0),
     }
-    for layer in range(layers + 1):
+    for layer in range(layers + unused):
         ours, theirs = f"encoder.layers.{min(layer, layers - 1)}", f"{prefix}transformer.resblocks.{layer}"
         for kind in ("weight", "bias"):
             qkv = [text[f"{ours}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]

@@ -12,8 +12,10 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import TINY_BASE, load_base, weights_hash
 from cdvideo.errors import UserError
+from tests import sdxl
 
 CPU = torch.device("cpu")
 
@@ -173,4 +175,64 @@ def test_variants_beside_the_weights_do_not_matter(tiny_base_folder: Path, tmp_p
     assert weights_hash(copy) == before
     file.unlink()
     with pytest.raises(UserError, match="no variant"):
+        load_base(str(copy), device=CPU)
+
+
+def test_sdxl_loads_with_both_text_encoders(sdxl_folder: Path) -> None:
+    said: list[str] = []
+    base = load_base(str(sdxl_folder), device=CPU, dtype=torch.bfloat16, report=said.append)
+    assert base.is_sdxl and base.zero_empty_prompt and base.resolution == 1024
+    assert base.tokenizer_2 is not None and base.tokenizer_2.pad_token == "!"
+    assert len(base.modules) == 4 and list(base.text_encoders) == ["text_encoder", "text_encoder_2"]
+    for module in base.modules:
+        assert not module.training
+        assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters())
+    count = len(base.text_encoders["text_encoder_2"].state_dict())
+    assert "SDXL, a folder" in said[0] and f"second text encoder {count}/{count}" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sdxls_vae_is_kept_from_overflow(sdxl_folder: Path, dtype: torch.dtype) -> None:
+    """The VAE alone leaves float16, where its config asks for it; loaded so, and moved so."""
+    base = load_base(str(sdxl_folder), device=CPU, dtype=dtype)
+    safe = torch.float32 if dtype == torch.float16 else dtype
+    assert (base.vae.dtype, base.unet.dtype, base.dtype) == (safe, dtype, dtype)
+    assert base.to(CPU, torch.float16).vae.dtype == torch.float32
+    for parameter in base.vae.decoder.conv_in.parameters():
+        parameter.data *= 3e5  # beyond 65,504, and brought back by the next GroupNorm
+    pixels_BCHW = decode_latents(base.vae, torch.ones(1, 4, 4, 4))
+    assert pixels_BCHW.isfinite().all()
+    base.vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix has it
+    assert base.to(CPU, torch.float16).vae.dtype == torch.float16
+
+
+def test_stable_diffusion_1_keeps_its_vae_in_half_precision(tiny_base_folder: Path) -> None:
+    assert load_base(str(tiny_base_folder), device=CPU, dtype=torch.float16).vae.dtype == torch.float16
+
+
+def test_the_hash_counts_the_second_text_encoder(sdxl_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, copy)
+    before = weights_hash(copy)
+    file = copy / "text_encoder_2" / "model.safetensors"
+    weights = load_file(file)
+    weights["text_projection.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert weights_hash(copy) != before == weights_hash(sdxl_folder)
+
+
+def test_sdxl_without_its_second_text_encoder_is_told(sdxl_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, copy)
+    shutil.rmtree(copy / "text_encoder_2")
+    with pytest.raises(UserError, match="has no folder 'text_encoder_2'"):
+        load_base(str(copy), device=CPU)
+
+
+def test_a_unet_that_reads_other_sizes_is_told(sdxl_folder: Path, tmp_path: Path) -> None:
+    """As SDXL's refiner: five numbers beside the pooled text."""
+    copy = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, copy)
+    sdxl.make_unet(projection_class_embeddings_input_dim=96 + 5 * 32).save_pretrained(copy / "unet")
+    with pytest.raises(UserError, match="reads 256 numbers beside the text, as SDXL's refiner"):
         load_base(str(copy), device=CPU)

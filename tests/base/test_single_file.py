@@ -266,7 +266,8 @@ def _add(name: str, shape: tuple[int, ...] = (1,)) -> Any:
 
 INPUT = "model.diffusion_model.input_blocks"
 OTHERS: dict[str, Any] = {
-    "Stable Diffusion XL": _add("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"),
+    "half of SDXL's two text encoders": _add("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"),
+    "Stable Diffusion XL's refiner": _add("conditioner.embedders.0.model.ln_final.bias"),
     "9 channels": _add(f"{INPUT}.0.0.weight", (32, 9, 3, 3)),
     "class labels": _add("model.diffusion_model.label_emb.0.0.weight"),
     "no autoencoder": _drop("first_stage_model."),

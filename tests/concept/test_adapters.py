@@ -151,11 +151,11 @@ def test_half_precision_bases_keep_their_precision(tiny_base: Base, config: Conc
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_has_no_place_in_the_unet_is_named(tiny_base: Base, config: ConceptConfig, name: str) -> None:
     _, concept = learned(tiny_base, config, name)
-    assert unfit_weights(tiny_base.unet, concept) == []
+    assert unfit_weights(tiny_base, concept) == []
     first, *_ = concept.weights
     strange = first.replace("unet.", "unet.elsewhere.")
     other = {strange: concept.weights[first], first: torch.zeros(1, 1)}
-    assert set(unfit_weights(tiny_base.unet, dataclasses.replace(concept, weights=other))) == {strange, first}
+    assert set(unfit_weights(tiny_base, dataclasses.replace(concept, weights=other))) == {strange, first}
 
 
 def test_parameters_are_back_after_an_error(tiny_base: Base) -> None:

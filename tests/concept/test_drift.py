@@ -108,7 +108,7 @@ def test_an_odd_last_step_is_measured(tiny_base: Base, concept: Concept) -> None
 
 def test_several_concepts_are_averaged(tiny_base: Base, concept: Concept) -> None:
     latents_NCHW = torch.randn(2, 4, 8, 8)
-    rows = {"sks": concept.tokens["sks"], "ktn": initial_rows(tiny_base.text_encoder, tiny_base.tokenizer, "cat", 2)}
+    rows = {"sks": concept.tokens["sks"], "ktn": initial_rows(tiny_base, "cat", 2)}
     words = {"sks": "dog", "ktn": "robot"}
 
     def measure(tokens: list[str]) -> dict[str, float]:

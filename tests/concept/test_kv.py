@@ -99,7 +99,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_base: Base, text_B
 def test_rows_start_at_the_mean_of_the_words(tiny_base: Base) -> None:
     table = tiny_base.text_encoder.get_input_embeddings().weight
     ids = tiny_base.tokenizer("stuffed animal", add_special_tokens=False).input_ids
-    rows_KD = initial_rows(tiny_base.text_encoder, tiny_base.tokenizer, "stuffed animal", 2)
+    rows_KD = initial_rows(tiny_base, "stuffed animal", 2)
     assert len(ids) == 2 and rows_KD.shape == (2, 32) and rows_KD.requires_grad and rows_KD.is_leaf
     for row in rows_KD:
         torch.testing.assert_close(row.detach(), table[ids].mean(dim=0))

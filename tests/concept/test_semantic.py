@@ -54,7 +54,7 @@ def test_the_loss_is_zero_when_the_token_reads_as_nothing_new(tiny_base: Base, c
 
 
 def test_gradient_reaches_the_rows_alone(tiny_base: Base, config: ConceptConfig) -> None:
-    rows_KD = initial_rows(tiny_base.text_encoder, tiny_base.tokenizer, "dog", 2)
+    rows_KD = initial_rows(tiny_base, "dog", 2)
     SemanticPreservation(tiny_base, config)({"sks": rows_KD}, generator()).backward()
     assert rows_KD.grad is not None and all(row.norm() > 0 for row in rows_KD.grad)
     assert all(parameter.grad is None for parameter in tiny_base.text_encoder.parameters())

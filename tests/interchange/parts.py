@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import make_scheduler
-from cdvideo.concept.adapters import make_adapter, parameter_changes, text_changes, text_prefix
+from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, text_changes, text_models
 from cdvideo.concept.concept import Concept, ConceptMetadata
 from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.file import frozen_copy
@@ -118,7 +118,7 @@ def kohya_layers(base: Base, unet_classes: tuple[str, ...] = KOHYA_UNET) -> dict
     found: dict[str, tuple[str, nn.Module]] = {}
     for start, prefix, model, classes in (
         ("lora_unet", "unet.", base.unet, unet_classes),
-        ("lora_te", text_prefix(base.text_encoder), base.text_encoder, KOHYA_TEXT),
+        ("lora_te", *next(iter(text_models(base).items())), KOHYA_TEXT),
     ):
         for path, block in model.named_modules():
             if type(block).__name__ in classes:
@@ -150,10 +150,9 @@ def kohya_file(base: Base, path: Path) -> dict[str, tuple[str, Tensor]]:
 
 
 def changes_of(base: Base, concept: Any) -> dict[str, Tensor]:
-    prefix = text_prefix(base.text_encoder)
-    changes = {f"unet.{name}": change for name, change in parameter_changes(base.unet, concept).items()}
-    changes |= {prefix + name: change for name, change in text_changes(base.text_encoder, concept).items()}
-    return {name.removesuffix(".weight"): change for name, change in changes.items()}
+    changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
+    changes |= text_changes(base, concept)
+    return {name.removesuffix(".delta"): change for name, change in changes.items()}
 
 
 def save_row(path: Path, form: str) -> Tensor:

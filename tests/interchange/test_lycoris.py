@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import text_prefix
+from cdvideo.concept.adapters import text_models
 from cdvideo.errors import UserError
 from cdvideo.interchange.inspect import describe
 from cdvideo.interchange.load import load_adapters
@@ -168,7 +168,7 @@ def test_magnitudes(tiny_base: Base, tmp_path: Path, form: str, of: str, path: s
 
 def test_biases_and_norms(tiny_base: Base, tmp_path: Path) -> None:
     """What LyCORIS trains in its full preset, and with train_norm."""
-    unet, prefix = tiny_base.unet, text_prefix(tiny_base.text_encoder)
+    unet, (prefix,) = tiny_base.unet, text_models(tiny_base)
     norm, conv = unet.down_blocks[0].resnets[0].norm1, unet.conv_out
     tensors = {
         "lora_unet_down_blocks_0_resnets_0_norm1.w_norm": random(*norm.weight.shape),

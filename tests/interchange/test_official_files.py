@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cdvideo.base.loader import Base, load_base
-from cdvideo.concept.adapters import text_prefix, tuned
+from cdvideo.concept.adapters import text_models, tuned
 from cdvideo.errors import UserError
 from cdvideo.interchange.load import load_adapters
 from tests.base.ldm_names import TEXT_WIDTH, make_text_encoder, save_folder
@@ -67,7 +67,7 @@ def diffusers_lora(base: Base) -> Official:
             copy = type(model)(model.config) if part == "text_encoder" else type(model).from_config(model.config)
         inject_adapter_in_model(LoraConfig(r=RANK, target_modules=targets[part]), copy, low_cpu_mem_usage=True)
         # transformers 5 took `text_model` out of the paths; files keep it.
-        prefix = text_prefix(model) if part == "text_encoder" else "unet."
+        (prefix,) = text_models(base) if part == "text_encoder" else ["unet."]
         for name, parameter in copy.named_parameters():
             if "lora_" in name:
                 content[prefix + name.replace(".default", "")] = random(*parameter.shape)

@@ -209,13 +209,10 @@ def domain_adapter() -> dict[str, Tensor]:
     return {f"{stem}.down.weight": torch.ones(2, 32), f"{stem}.up.weight": torch.ones(32, 2)}
 
 
-HOTSHOT = "down_blocks.0.temporal_attentions.0.transformer_blocks.0.attention_blocks.0.pos_encoder.positional_encoding"
 STEM = "down_blocks.0.motion_modules.0.temporal_transformer"
 OTHER_KINDS: dict[str, Any] = {
     "a motion LoRA": lambda: official_lora(make_adapter("v2")),
     r"the domain adapter of AnimateDiff v3[\s\S]*LoRAs for images to --concept": domain_adapter,
-    "motion modules for SDXL": lambda: official(make_adapter("sdxl")),
-    "HotshotXL": lambda: {HOTSHOT: torch.ones(1, 8, 320)},
     "PIA": lambda: {**official(make_adapter("v3")), "conv_in.weight": torch.ones(32, 9, 3, 3)},
     "SparseCtrl": lambda: {"controlnet_cond_embedding.conv_in.weight": torch.ones(1)},
     "an image model": lambda: {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)},
