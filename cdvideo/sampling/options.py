@@ -68,7 +68,8 @@ class Control:
     """How strongly motion modules and the concept act on a film. Numbers, or key frames: "0: 0.5 | 15: 1.2"."""
 
     motion_strength: str = "1"
-    """What the motion modules add is multiplied by this, over frames: below 1 calmer, 0 unrelated stills."""
+    """What the motion modules add is multiplied by this, over frames. They move frames and hold them together: below 1
+    frames agree less, and 0 leaves unrelated stills; above 1 they agree more, and pictures soon suffer."""
     concept_strength: str = "1"
     """How much of the concept is read from the prompt, over the denoising: "0%: 0.2 | 40%: 1" lets the class lay out
     the film before the thing itself is drawn. 0 reads the class word in place of the token."""
