@@ -34,6 +34,12 @@ class PromptKV:
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
 
+    def half(self, index: int) -> PromptKV:
+        """The first or the second half of the prompts: with guidance, the negative prompts and the prompts."""
+        return PromptKV(
+            {name: (keys.chunk(2)[index], values.chunk(2)[index]) for name, (keys, values) in self.layers.items()}
+        )
+
 
 @torch.inference_mode()
 def compile_prompts(base: Base, prompts: Sequence[str], *, concept: Concept | None = None) -> PromptKV:
