@@ -13,7 +13,7 @@ PEERS = {
     "documented": "diffusers as its documentation shows it",
     "best": "diffusers at its documented best: compiled UNet, fused projections, channels_last",
 }
-SPEEDS = ("exact",)  # presets of sample_video, each a row of its own
+SPEEDS = ("exact", "balanced", "fast")  # presets of sample_video, each a row of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

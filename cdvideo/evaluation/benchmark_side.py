@@ -38,6 +38,7 @@ from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.denoise import draw_noise, latent_size
+from cdvideo.sampling.speed import PRESETS
 from cdvideo.sampling.video import decode_frames, sample_video
 
 Answer = dict[str, Any]
@@ -60,6 +61,7 @@ def ours(film: Film, speed: str) -> Run:
             guidance=film.guidance,
             width=film.width,
             height=film.height,
+            speed=PRESETS[speed],
         )
 
     return run

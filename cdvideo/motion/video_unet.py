@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
+
+
+@dataclass
+class DeepFeature:
+    """What the inner layers gave last, for steps that leave them out (DeepCache, arXiv 2312.00858)."""
+
+    layers: int
+    """How many of the last up layers, and as few of the first down layers, are computed at every step."""
+    hidden_NCHW: Tensor | None = None
+    """None makes the next call compute all layers."""
 
 
 class VideoUNet:
@@ -40,6 +51,9 @@ class VideoUNet:
         timestep: Tensor | int,
         text_BLD: Tensor | None,
         added: Mapping[str, Tensor] | None = None,
+        *,
+        copies: int = 1,
+        deep: DeepFeature | None = None,
     ) -> Tensor:
         """Predicts what the base was trained to predict (noise or velocity), for whole films.
 
@@ -49,9 +63,12 @@ class VideoUNet:
             text_BLD: encoded prompts, one per film; None when the cross-attentions read a compiled prompt.
             added: what SDXL's UNet reads beside the text, its `added_cond_kwargs`, one for each film or for each of its
                 frames.
+            copies: how many prompts read each film: with 2, the prompts are those of all films, then others for all of
+                them, and what comes before the first attention to text is computed once; not with `added`.
+            deep: the inner layers are left out where it holds what they gave, and else their output is put into it.
 
         Returns:
-            prediction_BFCHW
+            prediction_BFCHW, `copies` times as many as latents.
 
         Raises:
             UserError: more frames than the motion modules' position table has.
@@ -60,8 +77,8 @@ class VideoUNet:
         self._check_frames(num_frames)
         if self.motion.config.joint_image_norms:
             with joint_norms(self.unet, num_frames):
-                return self._walk(latents_BFCHW, timestep, text_BLD, added)
-        return self._walk(latents_BFCHW, timestep, text_BLD, added)
+                return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, deep)
+        return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, deep)
 
     def _walk(
         self,
@@ -69,46 +86,71 @@ class VideoUNet:
         timestep: Tensor | int,
         text_BLD: Tensor | None,
         added: Mapping[str, Tensor] | None,
+        copies: int,
+        deep: DeepFeature | None,
     ) -> Tensor:
         num_frames = latents_BFCHW.shape[1]
         unet, motion = self.unet, self.motion
 
         time_BD = unet.time_embedding(unet.get_time_embed(sample=latents_BFCHW, timestep=timestep))
-        time_ND = time_BD.repeat_interleave(num_frames, dim=0)
         if added is not None:
-            added_BD = unet.get_aug_embed(time_BD, text_BLD, added)
-            time_ND = time_ND + added_BD.repeat_interleave(len(time_ND) // len(added_BD), dim=0)
+            assert copies == 1, "SDXL's time embedding differs between prompts"
+            added_RD = unet.get_aug_embed(time_BD, text_BLD, added)
+            time_BD = time_BD.repeat_interleave(len(added_RD) // len(time_BD), dim=0) + added_RD
         text_NLD = None if text_BLD is None else text_BLD.repeat_interleave(num_frames, dim=0)
 
         run = self._layer_runner(num_frames)
+
+        def resnet(module: nn.Module, hidden_NCHW: Tensor) -> Tensor:
+            return run(module, hidden_NCHW, time_BD.repeat_interleave(len(hidden_NCHW) // len(time_BD), dim=0))
 
         def attend(hidden_NCHW: Tensor, attention: nn.Module | None, motion_module: nn.Module | None) -> Tensor:
             if attention is not None:
                 hidden_NCHW = attention(hidden_NCHW, encoder_hidden_states=text_NLD, return_dict=False)[0]
             return hidden_NCHW if motion_module is None else motion_module(hidden_NCHW, num_frames)
 
+        def layer(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
+            nonlocal copies
+            hidden_NCHW = resnet(parts[0], hidden_NCHW)
+            if parts[1] is not None:  # from here on each film's copies differ
+                hidden_NCHW, copies = _repeated(hidden_NCHW, copies), 1
+            return run(attend, hidden_NCHW, *parts[1:3])
+
+        def down(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
+            return parts[0](hidden_NCHW) if len(parts) == 1 else layer(hidden_NCHW, parts)
+
+        def up(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
+            skip_NCHW = skips.pop()
+            skip_NCHW = _repeated(skip_NCHW, len(hidden_NCHW) // len(skip_NCHW))
+            hidden_NCHW = layer(torch.cat([hidden_NCHW, skip_NCHW], dim=1), parts)
+            # The next skip says the size, so that latents of odd height or width find their way back.
+            return hidden_NCHW if parts[3] is None else parts[3](hidden_NCHW, skips[-1].shape[-2:])
+
+        downs, ups = _downs(unet, motion), _ups(unet, motion)
+        inner = 0 if deep is None else max(len(ups) - deep.layers, 0)  # up layers that a deep feature stands for
+        kept_NCHW = None if deep is None else deep.hidden_NCHW
+
         hidden_NCHW = unet.conv_in(latents_BFCHW.flatten(0, 1))
         skips = [hidden_NCHW]
-        for block, motion_block in zip(unet.down_blocks, motion.down_blocks, strict=True):
-            for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
-                hidden_NCHW = run(attend, run(resnet, hidden_NCHW, time_ND), attention, motion_module)
-                skips.append(hidden_NCHW)
-            for downsampler in block.downsamplers or ():
-                hidden_NCHW = downsampler(hidden_NCHW)
-                skips.append(hidden_NCHW)
+        for parts in downs if kept_NCHW is None else downs[: len(ups) - inner - 1]:
+            hidden_NCHW = down(hidden_NCHW, parts)
+            skips.append(hidden_NCHW)
 
-        first, *others = unet.mid_block.resnets
-        hidden_NCHW = first(hidden_NCHW, time_ND)
-        for resnet, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
-            hidden_NCHW = run(resnet, run(attend, hidden_NCHW, attention, motion_module), time_ND)
-
-        for block, motion_block in zip(unet.up_blocks, motion.up_blocks, strict=True):
-            for resnet, attention, motion_module in _layers(block.resnets, block, motion_block):
-                hidden_NCHW = run(resnet, torch.cat([hidden_NCHW, skips.pop()], dim=1), time_ND)
-                hidden_NCHW = run(attend, hidden_NCHW, attention, motion_module)
-            for upsampler in block.upsamplers or ():
-                # The next skip says the size, so that latents of odd height or width find their way back.
-                hidden_NCHW = upsampler(hidden_NCHW, skips[-1].shape[-2:])
+        if kept_NCHW is None:
+            first, *others = unet.mid_block.resnets
+            hidden_NCHW = resnet(first, hidden_NCHW)
+            for other, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
+                hidden_NCHW = _repeated(hidden_NCHW, copies)
+                copies = 1
+                hidden_NCHW = resnet(other, run(attend, hidden_NCHW, attention, motion_module))
+            for parts in ups[:inner]:
+                hidden_NCHW = up(hidden_NCHW, parts)
+        else:
+            hidden_NCHW, copies = kept_NCHW, 1
+        if deep is not None:
+            deep.hidden_NCHW = hidden_NCHW
+        for parts in ups[inner:]:
+            hidden_NCHW = up(hidden_NCHW, parts)
 
         if unet.conv_norm_out is not None:
             hidden_NCHW = unet.conv_act(unet.conv_norm_out(hidden_NCHW))
@@ -158,6 +200,27 @@ def joint_norms(unet: UNet2DConditionModel, num_frames: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _repeated(hidden_NCHW: Tensor, times: int) -> Tensor:
+    return hidden_NCHW if times == 1 else torch.cat([hidden_NCHW] * times)
+
+
+def _downs(unet: UNet2DConditionModel, motion: MotionModules) -> list[tuple[Any, ...]]:
+    """The way down, one entry for each skip after the first: (resnet, attention, motion module), or (downsampler,)."""
+    downs: list[tuple[Any, ...]] = []
+    for block, motion_block in zip(unet.down_blocks, motion.down_blocks, strict=True):
+        downs += [*_layers(block.resnets, block, motion_block), *((each,) for each in block.downsamplers or ())]
+    return downs
+
+
+def _ups(unet: UNet2DConditionModel, motion: MotionModules) -> list[tuple[Any, ...]]:
+    """The way up, one entry for each skip: (resnet, attention, motion module, upsampler after it or None)."""
+    ups: list[tuple[Any, ...]] = []
+    for block, motion_block in zip(unet.up_blocks, motion.up_blocks, strict=True):
+        ups += [(*layer, None) for layer in _layers(block.resnets, block, motion_block)]
+        ups[-1] = (*ups[-1][:3], *(block.upsamplers or (None,)))
+    return ups
 
 
 def _layers(resnets: Sequence[nn.Module], block: Any, motion_block: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 import time
@@ -21,6 +22,7 @@ from cdvideo.sampling.sampler import described, settled
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from torch import Tensor
 
     from cdvideo.base.loader import Base
     from cdvideo.concept.concept import Concept
@@ -114,6 +116,8 @@ def _parser() -> ArgumentParser:
         help="how closely to follow the prompt; 1 is off (5, or as the motion modules ask)",
     )
     parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
+    parser.add_argument("--speed", choices=["exact", "balanced", "fast"], help="what may differ to be faster (exact)")
+    parser.add_argument("--compare", action="store_true", help="also make the exact film, and tell the distance to it")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--batch", type=int, metavar="N", help="films that go through the model at once (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")
@@ -258,8 +262,10 @@ def _sample(
     config: AnimateConfig, base: Base, concept: Concept | None, motion: MotionModules | None
 ) -> Iterator[tuple[int, Spool]]:
     """Seed and frames of each film, or of each still as a film of one frame; a film is decoded when its turn comes."""
+    from cdvideo.sampling.distance import distance
+    from cdvideo.sampling.speed import EXACT
     from cdvideo.sampling.spool import Spool
-    from cdvideo.sampling.video import Film, decode_stream, sample_latents
+    from cdvideo.sampling.video import Film, decode_frames, decode_stream, sample_latents
 
     seeds = range(config.seed, config.seed + config.num_videos)
     if motion is None:
@@ -279,7 +285,16 @@ def _sample(
     start = _load_start(config, base)
     options: dict[str, Any] = {"start": start, "batch": config.batch, "progress": not config.quiet}
     latents = sample_latents(base, motion, films, config.film_settings, **options)
+    exact: Iterator[Tensor] = iter(())
+    if config.compare:
+        settings = dataclasses.replace(config.film_settings, speed=EXACT)
+        exact = sample_latents(base, motion, films, settings, **options)
     for seed, latents_FCHW in zip(seeds, latents, strict=True):
+        for exact_FCHW in itertools.islice(exact, 1):
+            frames, exact_frames = (
+                decode_frames(base, each, chunk=config.decode_chunk) for each in (latents_FCHW, exact_FCHW)
+            )
+            print(f"seed {seed}, {config.speed} beside exact: {distance(frames, exact_frames)}")
         yield seed, Spool(decode_stream(base, latents_FCHW, chunk=config.decode_chunk))
 
 
@@ -371,6 +386,7 @@ def _settings(
         "quiet",
         "num_videos",
         "batch",
+        "compare",
         "also_still",
         "format",
         "codec",

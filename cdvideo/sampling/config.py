@@ -11,6 +11,7 @@ from cdvideo.config import check
 from cdvideo.interchange.config import check_files, parse_files
 from cdvideo.sampling.keyframes import parse_prompts
 from cdvideo.sampling.options import Control, FilmSettings, Noise, StartFrom, Windows, rule
+from cdvideo.sampling.speed import PRESETS
 
 FORMATS = ("mp4", "webm", "gif", "webp", "png")
 
@@ -38,6 +39,11 @@ class AnimateConfig:
     scheduler: Literal["auto", "ddim", "dpm++", "euler", "lcm"] = "auto"
     """The sampler: DDIM; DPM-Solver++, which needs fewer steps; `euler` and `lcm`, which AnimateDiff-Lightning and
     AnimateLCM were distilled for. `auto` is DDIM, or what the motion modules were distilled for."""
+    speed: Literal["exact", "balanced", "fast"] = "exact"
+    """What may be left out to be faster: nothing; or steps whose answer can be forecast, so that the film differs a
+    little (balanced) or visibly (fast) from the exact one of the same seed."""
+    compare: bool = False
+    """Also makes the exact film, and prints how far this one is from it."""
     seed: int = 0
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1
@@ -127,6 +133,8 @@ class AnimateConfig:
             "batch": self.batch > 1,
         }
         asked = ", ".join(name for name, given in of_films.items() if given)
+        yield not self.still or self.speed == "exact", f"speed={self.speed} with still: presets are for films"
+        yield not self.compare or self.speed != "exact", "compare with speed=exact: that is the exact film itself"
         yield not (self.still and asked), f"still with {asked}: a picture has none of it"
         freeinit = f"noise.freeinit={self.noise.freeinit} with start: FreeInit begins from noise alone"
         yield not (self.noise.freeinit and self.start.given), freeinit
@@ -154,6 +162,7 @@ class AnimateConfig:
             height=self.height,
             windows=self.windows,
             noise=self.noise,
+            speed=PRESETS[self.speed],
         )
 
     @property

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 from cdvideo.config import check
 from cdvideo.sampling.keyframes import Curve, parse_curve
+from cdvideo.sampling.speed import EXACT, Speed
 
 T = TypeVar("T")
 
@@ -146,6 +147,7 @@ class FilmSettings:
     height: int | None = None
     windows: Windows = Windows()
     noise: Noise = Noise()
+    speed: Speed = EXACT
 
 
 def rule(name: str, parse: Callable[[str], T], text: str) -> Iterator[tuple[bool, str]]:

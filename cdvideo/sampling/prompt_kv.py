@@ -36,6 +36,12 @@ class PromptKV:
     layers: Mapping[str, tuple[Tensor, Tensor]]
     added: Mapping[str, Tensor] | None = None
 
+    def half(self, index: int) -> PromptKV:
+        """The first or the second half of the prompts: with guidance, the negative prompts and the prompts."""
+        layers = {name: (keys.chunk(2)[index], values.chunk(2)[index]) for name, (keys, values) in self.layers.items()}
+        added = None if self.added is None else {name: each.chunk(2)[index] for name, each in self.added.items()}
+        return PromptKV(layers, added)
+
 
 @torch.inference_mode()
 def compile_prompts(

@@ -21,13 +21,16 @@ from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
-from cdvideo.motion.video_unet import VideoUNet
+from cdvideo.motion.video_unet import DeepFeature, VideoUNet
 from cdvideo.sampling.denoise import Predict, Start, denoise, guided, latent_size
+from cdvideo.sampling.forecast import forecasting
 from cdvideo.sampling.motion_strength import moving
 from cdvideo.sampling.noise import film_noise, reinitialised
 from cdvideo.sampling.options import AS_TRAINED, DEFAULTS, Control, FilmSettings, Noise, Windows
+from cdvideo.sampling.prepared import TimeTable, prepared
 from cdvideo.sampling.prompt_kv import reading
 from cdvideo.sampling.prompt_track import compile_film, read_films
+from cdvideo.sampling.speed import EXACT, Speed
 from cdvideo.sampling.windows import Window, blend_weights, window_size, windowed, windows_at
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def sample_video(
     windows: Windows = DEFAULTS.windows,
     noise: Noise = DEFAULTS.noise,
     start: Start | None = None,
+    speed: Speed = EXACT,
     decode_chunk: int = DECODE_CHUNK,
     progress: bool = False,
 ) -> npt.NDArray[np.uint8]:
@@ -79,6 +83,7 @@ def sample_video(
         control: how strongly motion and concept act, along the film.
         windows: how a film is cut that is longer than the motion modules reach, and whether it loops.
         start: another film or a picture to begin from (`start_from_video`, `start_from_picture`).
+        speed: what may be done to be fast; by default all that leaves the film as it is.
         decode_chunk: frames that the VAE decodes at once.
 
     Returns:
@@ -96,6 +101,7 @@ def sample_video(
         height=height,
         windows=windows,
         noise=noise,
+        speed=speed,
     )
     film = Film(prompt=prompt, seed=seed, concept=concept, negative_prompt=negative_prompt, control=control)
     (latents_FCHW,) = sample_latents(base, motion, [film], settings, start=start, progress=progress)
@@ -161,13 +167,15 @@ def _sample_batch(
     noise_BFCHW = film_noise(seeds, shape, settings.noise, window=window, stride=window - windows.overlap)
     noised = {**base.scheduler_config, **video_unet.motion.config.schedule}
     scheduler = make_scheduler(noised, settings.scheduler, seeds=seeds)
+    scheduler.set_timesteps(settings.steps)
 
-    with _window_model(base, video_unet, films, settings) as predict_at:
+    with _window_model(base, video_unet, films, settings, scheduler.timesteps) as predict_at:
         if window == frames and windows.schedule != "looped":
             noise_BFCHW, predict = noise_BFCHW.to(base.device), predict_at(tuple(range(frames)))
         else:
             list_windows = partial(windows_at, frames=frames, size=window, windows=windows)
             predict = windowed(predict_at, list_windows, blend_weights(window, windows))
+        predict = forecasting(predict, settings.speed, steps=settings.steps)
         if start is not None:
             start = start.to(noise_BFCHW.device)
         sample = partial(
@@ -183,11 +191,12 @@ def _sample_batch(
 
 @contextmanager
 def _window_model(
-    base: Base, video_unet: VideoUNet, films: Sequence[Film], settings: FilmSettings
+    base: Base, video_unet: VideoUNet, films: Sequence[Film], settings: FilmSettings, timesteps_T: Tensor
 ) -> Iterator[Callable[[Window], Predict]]:
     """Within the block: the model that predicts these frames of all films, with guidance, on the base's device."""
-    with_guidance = settings.guidance != 1
+    with_guidance, speed = settings.guidance != 1, settings.speed
     size = (settings.height or base.resolution, settings.width or base.resolution)
+    shared_prefix = speed.shared_prefix and not base.is_sdxl  # whose time embedding depends on the prompt
     prompts = [
         compile_film(
             base,
@@ -201,28 +210,54 @@ def _window_model(
     ]
     moves = [film.control.motion_curve for film in films]
     varies = any(each.varies for each in prompts)
+    steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
+    deep: dict[tuple[Window, bool], DeepFeature] = {}
 
     def predict_at(shown: Window) -> Predict:
         def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
-            latents_BFCHW, timestep = latents_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
-            now = steady
+            """With guidance it is called with all films twice; after the steps that are guided both answers are one."""
+            both = with_guidance and step < speed.guided_until * settings.steps
+            alone = with_guidance and not both
+            films_BFCHW = latents_BFCHW[: len(films)] if alone or (both and shared_prefix) else latents_BFCHW
+            films_BFCHW, timestep = films_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
             with ExitStack() as held:
+                now = steady
                 if varies:
                     done = step / max(settings.steps - 1, 1)
                     now = read_films(prompts, guided=with_guidance, done=done, frames=shown)
+                if alone:
+                    now = now.half(1)
+                if varies or alone:
                     held.enter_context(reading(base.unet, now))
-                held.enter_context(moving(video_unet.motion, moves, shown, copies=1 + with_guidance))
-                return video_unet(latents_BFCHW, timestep, None, now.added).float()
+                held.enter_context(moving(video_unet.motion, moves, shown, copies=1 + both))
+                if table is not None:
+                    table.step = step
+                copies = (1 + both) * len(films) // len(films_BFCHW)
+                kept = _deep_feature(deep, speed, (shown, alone), step)
+                answer = video_unet(films_BFCHW, timestep, None, now.added, copies=copies, deep=kept).float()
+            return torch.cat([answer, answer]) if alone else answer
 
         return guided(predict, settings.guidance)
 
-    steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
     with (
         at_work(base.device, base.unet, video_unet.motion),
         tuned(base.unet, _folded_concept(films)),
         reading(base.unet, steady),
     ):
-        yield predict_at
+        table = TimeTable(base.unet, timesteps_T) if speed.time_table and not base.is_sdxl else None
+        with prepared(base.unet, video_unet.motion, speed, table=table):
+            yield predict_at
+
+
+def _deep_feature(
+    kept: dict[tuple[Window, bool], DeepFeature], speed: Speed, key: tuple[Window, bool], step: int
+) -> DeepFeature | None:
+    """What the inner layers gave for these frames; empty at the steps that compute them anew."""
+    if speed.deep_every == 1:
+        return None
+    if step % speed.deep_every == 0 or key not in kept:
+        kept[key] = DeepFeature(speed.deep_layers)
+    return kept[key]
 
 
 def _folded_concept(films: Sequence[Film]) -> Concept | None:

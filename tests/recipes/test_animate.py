@@ -24,6 +24,7 @@ from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling import animate
 from cdvideo.sampling.animate import main, slug
+from cdvideo.sampling.speed import PRESETS, Speed
 from cdvideo.sampling.video import sample_video
 
 CPU = torch.device("cpu")
@@ -409,3 +410,14 @@ def test_attention_by_another_kernel_gives_the_same_film_and_an_absent_one_is_to
     assert np.abs(first.astype(int) - second).max() <= 1
     assert call(base_folder, "--concept", "none", "--attention", "cudnn") == 2
     assert "attention cudnn on cpu" in capsys.readouterr().err
+
+
+def test_speed_and_its_distance(
+    base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "fast", Speed(guided_until=0))
+    assert call(base_folder, "--concept", "none", "--speed", "fast", "--compare") == 0
+    (decibels,) = re.findall(r"seed 0, fast beside exact: PSNR ([\d.]+) dB, SSIM 0\.\d{3}", capsys.readouterr().out)
+    assert 5 < float(decibels) < 90
+    assert call(base_folder, "--concept", "none", "--compare") == 2
+    assert call(base_folder, "--concept", "none", "--still", "--speed", "fast") == 2

@@ -1,0 +1,113 @@
+"""The few operations of which a UNet's blocks are made, on pictures whose channels lie last in memory.
+
+On CPUs oneDNN's matrix products add a residual, apply GELU or multiply by a gate while the result is still in a
+register; elsewhere the same is written as torch's own operations. For inference: oneDNN's have no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdvideo.attention import attend
+
+_ONEDNN: list[torch.dtype] = []  # in what oneDNN computes
+if torch.backends.mkldnn.is_available():
+    _ONEDNN = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+SCORES = 2**19  # attention scores computed at once on the CPU: as many as its second-level cache holds
+
+
+def tokens(hidden_NCHW: Tensor) -> Tensor:
+    """Pictures as rows of channels, tokens_NLC; a view where channels lie last."""
+    return hidden_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pictures(tokens_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
+    """Back from `tokens`: a view, with channels last."""
+    return tokens_NLC.unflatten(1, like_NCHW.shape[-2:]).permute(0, 3, 1, 2)
+
+
+def linear(
+    rows: Tensor,
+    layer: nn.Linear | nn.Conv2d,
+    *,
+    plus: Tensor | None = None,
+    part: slice = slice(None),
+    gelu: bool = False,
+) -> Tensor:
+    """A linear layer, or a 1x1 convolution on rows of channels; `part` of its outputs; then GELU, or a sum."""
+    weight, bias = layer.weight.flatten(1)[part], None if layer.bias is None else layer.bias[part]
+    if fuses(rows):
+        if plus is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(rows, plus, weight, bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "gelu" if gelu else "none", [], "none")
+    made = F.linear(rows, weight, bias)
+    return F.gelu(made) if gelu else made if plus is None else made + plus
+
+
+def gated(rows: Tensor, layer: nn.Linear) -> Tensor:
+    """GEGLU (arXiv 2002.05202, equation 6): the first half of the layer's outputs times the GELU of the second."""
+    half = layer.out_features // 2
+    if not fuses(rows):
+        value, gate = layer(rows).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    gate = linear(rows, layer, part=slice(half, None), gelu=True)
+    bias = None if layer.bias is None else layer.bias[:half]
+    return torch.ops.mkldnn._linear_pointwise.binary(rows, gate, layer.weight[:half], bias, "mul")
+
+
+def fuses(tensor: Tensor) -> bool:
+    """Whether oneDNN computes on it; under torch.compile, which fuses by itself, it does not."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" and tensor.dtype in _ONEDNN
+
+
+def group_norm(rows_NLC: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
+    """Group norm over all L rows, then SiLU where asked.
+
+    torch's own is slow on the CPU where channels lie last and pictures are small. Here each channel's sum and sum of
+    squares give the mean and variance of its group, in float32 at least, and one pass applies them.
+    """
+    count, groups = rows_NLC.shape[1] * rows_NLC.shape[2] // norm.num_groups, norm.num_groups
+    rows = rows_NLC if rows_NLC.dtype == torch.float64 else rows_NLC.float()
+    mean_NG = rows.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
+    square_NG = rows.square().sum(1).unflatten(1, (groups, -1)).sum(-1) / count
+    scale_NG = (square_NG - mean_NG.square()).clamp(min=0).add(norm.eps).rsqrt()
+    scale_NC = scale_NG.unsqueeze(-1) * norm.weight.unflatten(0, (groups, -1))
+    shift_NC = norm.bias.unflatten(0, (groups, -1)) - mean_NG.unsqueeze(-1) * scale_NC
+    normed = torch.addcmul(shift_NC.flatten(1).unsqueeze(1), rows, scale_NC.flatten(1).unsqueeze(1))
+    return (F.silu(normed, inplace=True) if silu else normed).to(rows_NLC.dtype)
+
+
+def by_heads(rows_ND: Tensor, layer: nn.Linear, heads: int) -> Tensor:
+    """A linear layer's outputs with each head's rows together: made_HNE, H heads of E channels."""
+    weight_HDE = layer.weight.unflatten(0, (heads, -1)).transpose(1, 2)
+    rows_HND = rows_ND.expand(heads, -1, -1)
+    if layer.bias is None:
+        return torch.bmm(rows_HND, weight_HDE)
+    return torch.baddbmm(layer.bias.unflatten(0, (heads, 1, -1)), rows_HND, weight_HDE)
+
+
+def attend_rows(query_AQE: Tensor, keys_ATE: Tensor, values_ATE: Tensor) -> Tensor:
+    """Attention of A pairs of rows and texts (or pictures, or pixels over time), by the backend that is set.
+
+    On CPUs short ones go through batched products: torch's fused kernel calls a matrix product for each of the A, and
+    takes long for bfloat16 exponentials.
+    """
+    places, short = keys_ATE.shape[1], 64 if query_AQE.dtype == torch.float32 else 1024
+    if query_AQE.device.type != "cpu" or places > short:
+        return attend(query_AQE.unsqueeze(1), keys_ATE.unsqueeze(1), values_ATE.unsqueeze(1)).squeeze(1)
+    at_once = max(1, SCORES // (query_AQE.shape[1] * places))
+    if at_once >= len(query_AQE):
+        return _attend_at_once(query_AQE, keys_ATE, values_ATE)
+    parts = zip(query_AQE.split(at_once), keys_ATE.split(at_once), values_ATE.split(at_once), strict=True)
+    return torch.cat([_attend_at_once(*part) for part in parts])
+
+
+def _attend_at_once(query_AQE: Tensor, keys_ATE: Tensor, values_ATE: Tensor) -> Tensor:
+    scale = query_AQE.shape[-1] ** -0.5
+    scores_AQT = torch.baddbmm(query_AQE.new_empty(1), query_AQE, keys_ATE.transpose(1, 2), beta=0, alpha=scale)
+    shares_AQT = scores_AQT.float().softmax(-1) if scores_AQT.dtype == torch.bfloat16 else scores_AQT.softmax(-1)
+    return torch.bmm(shares_AQT.to(values_ATE.dtype), values_ATE)
