@@ -70,7 +70,7 @@ class SamplerBenchmark(FilmBenchmark):
     peers: str = "documented,best"
     """Some of documented, best, separated by commas: how diffusers is used."""
     speed: str = "exact"
-    """Presets of our sampler, separated by commas: exact."""
+    """Presets of our sampler, separated by commas: exact, balanced, fast."""
     peak_tflops: float | None = None
     """Peak of the device's matrix units in the chosen dtype, in 10^12 operations a second; null where the card is known
     by name (NVIDIA H100 and A100, dense bf16), else no share of it is told."""

@@ -12,11 +12,14 @@ import torch
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
+from cdvideo.evaluation.benchmark_films import SPEEDS
 from cdvideo.evaluation.benchmark_main import main
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.benchmark_sampler import as_markdown, spread
+from cdvideo.evaluation.benchmark_side import SIDES
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
+from cdvideo.sampling.speed import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -122,3 +125,7 @@ def test_random_stable_diffusion_has_the_real_sizes() -> None:
         453_209_280,
     ]
     assert motion.max_frames == 32 and base.resolution == 512
+
+
+def test_every_preset_is_a_side() -> None:
+    assert {*SPEEDS} == {*PRESETS} <= SIDES.keys()
