@@ -12,10 +12,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cdvideo.base.loader import Base
 from cdvideo.base.schedule import make_scheduler
-from cdvideo.concept.adapters import make_adapter
-from cdvideo.concept.concept import Concept, ConceptMetadata
-from cdvideo.concept.config import AdapterConfig
-from cdvideo.concept.file import frozen_copy
 
 WIDTHS, POOLED = (64, 128), 96  # of the text encoders, and of the second one's projection
 
@@ -120,30 +116,3 @@ def peer_parts(base: Base, scheduler: Any = "ddim") -> dict[str, Any]:
         "scheduler": make_scheduler(base.scheduler_config, scheduler),
         "force_zeros_for_empty_prompt": base.zero_empty_prompt,
     }
-
-
-def learned(base: Base, adapter: dict[str, Any], *, token: str = "sks", rows: int = 2) -> Concept:
-    """A concept with random rows and weights, as a file holds it."""
-    config = AdapterConfig(**adapter)
-    generator = torch.Generator().manual_seed(7)
-    made = make_adapter(base.unet, config, seed=0).weights
-    weights = {
-        name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in made.items()
-    }
-    metadata = ConceptMetadata(
-        class_words={token: "dog"},
-        initialiser="dog",
-        base_name="sdxl",
-        base_hash=base.hash,
-        resolution=1024,
-        prediction_type="epsilon",
-        steps=1,
-        lr=1e-4,
-        token_lr=1e-3,
-        seed=0,
-        loss_weights={},
-        sample_prompt="",
-        adapter=config.kind,
-        adapter_settings=config.settings,
-    )
-    return frozen_copy(Concept({token: torch.randn(rows, sum(WIDTHS), generator=generator)}, weights, metadata))

@@ -95,12 +95,11 @@ def weight_bytes(*modules: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def base_from_configs(name: str, *, device: torch.device = META, dtype: torch.dtype) -> Base | None:
-    """A base as its configs, or a single file's header, describe it; no weight is read.
+def base_from_configs(name: str, *, dtype: torch.dtype) -> Base | None:
+    """A base on the meta device, as its configs, or a single file's header, describe it; no weight is read.
 
     Args:
         name: As in `load_base`.
-        device: META to reckon with; on another one its weights are random.
 
     Returns:
         None where it is of a kind that can not be reckoned with (SDXL), or not whole, which `load_base` will tell.
@@ -122,7 +121,7 @@ def base_from_configs(name: str, *, device: torch.device = META, dtype: torch.dt
     tiny = shapes["vae"].get("_class_name") == "AutoencoderTiny"
     if tiny:  # it writes this into its config, and warns of it when it reads it
         shapes["vae"].pop("block_out_channels", None)
-    with device:
+    with META:
         unet = UNet2DConditionModel.from_config(shapes["unet"])
         vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(shapes["vae"])
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(shapes["text_encoder"]))
@@ -136,12 +135,12 @@ def base_from_configs(name: str, *, device: torch.device = META, dtype: torch.dt
         tokenizer=tokenizer,
         scheduler_config={"prediction_type": "epsilon", **scheduler},
         resolution=int(unet.config.sample_size) * 2 ** (len(vae.config.block_out_channels) - 1),
-        device=device,
+        device=META,
         dtype=dtype,
     )
     for module in (unet, vae, text_encoder):
         module.eval().requires_grad_(False)
-    return base.to(device, dtype)
+    return base.to(META, dtype)
 
 
 def _text_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

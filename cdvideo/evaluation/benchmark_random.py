@@ -14,6 +14,7 @@ from cdvideo.base.ldm import SCHEDULER
 from cdvideo.base.loader import Base
 from cdvideo.base.single_file import load_clip_tokenizer
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15
+from cdvideo.evaluation.sd15 import CONFIGS
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 
@@ -24,15 +25,9 @@ def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionM
     It predicts v, unlike Stable Diffusion 1.5: what random weights predict then stays as large as a picture.
     """
     with init_empty_weights():
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # all else is diffusers' default
-        vae = AutoencoderKL(
-            sample_size=512,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+        unet = UNet2DConditionModel.from_config(CONFIGS["unet"])
+        vae = AutoencoderKL.from_config(CONFIGS["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(CONFIGS["text_encoder"]))
         motion = MotionModules(MotionConfig(norm_mode="diffusers"))
     for module in (unet, vae, text_encoder, motion):
         _fill(module, device, dtype)

@@ -21,7 +21,9 @@ from cdvideo.concept.trainer import train_concept
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
 from cdvideo.evaluation.benchmark import TimedRun, surroundings
+from cdvideo.evaluation.benchmark_films import RANDOM_SD15
 from cdvideo.evaluation.benchmark_memory import RESULT, MemoryConfig
+from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.sd15 import write_configs
 from cdvideo.media.images import Picture
 from cdvideo.motion.modules import MotionModules
@@ -47,15 +49,13 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         name = config.base
-        if name == "random-sd15":
+        if name == RANDOM_SD15:
             name = str(Path(folder) / name)
             write_configs(Path(name))
         outline = base_from_configs(name, dtype=dtype)
         assert outline is not None, "a base that can not be reckoned with"
-        if config.base == "random-sd15":
-            torch.manual_seed(config.seed)
-            base = base_from_configs(name, device=device, dtype=dtype)
-            assert base is not None
+        if config.base == RANDOM_SD15:
+            base, _ = random_sd15(device, dtype)
         else:
             base = load_base(name, device=device, dtype=dtype)
         _rest(base, ("vae",))

@@ -25,7 +25,8 @@ from cdvideo.concept.trainer import new_concept, train_concept
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
 from cdvideo.runs import Run
-from tests.sdxl import WIDTHS, learned
+from tests.interchange.parts import learned
+from tests.sdxl import WIDTHS
 
 
 @pytest.fixture

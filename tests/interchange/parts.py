@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
+from cdvideo.base.prompts import text_widths
 from cdvideo.base.schedule import make_scheduler
 from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, text_changes, text_models
 from cdvideo.concept.concept import Concept, ConceptMetadata
@@ -71,8 +72,8 @@ def learned(base: Base, adapter: dict[str, Any], *, token: str = "sks", rows: in
         initialiser="dog",
         base_name="tiny",
         base_hash=base.hash,
-        resolution=64,
-        prediction_type="v_prediction",
+        resolution=base.resolution,
+        prediction_type=base.scheduler_config["prediction_type"],
         steps=1,
         lr=1e-4,
         token_lr=1e-3,
@@ -82,7 +83,8 @@ def learned(base: Base, adapter: dict[str, Any], *, token: str = "sks", rows: in
         adapter=config.kind,
         adapter_settings=config.settings,
     )
-    return frozen_copy(Concept({token: torch.randn(rows, 32, generator=generator)}, weights, metadata))
+    rows_KD = torch.randn(rows, sum(text_widths(base)), generator=generator)
+    return frozen_copy(Concept({token: rows_KD}, weights, metadata))
 
 
 def with_text(concept: Concept) -> Concept:

@@ -33,7 +33,8 @@ from cdvideo.interchange.write import (
 from cdvideo.sampling.denoise import draw_noise
 from cdvideo.sampling.image import sample_images
 from tests.base.ldm_names import unet_name
-from tests.sdxl import WIDTHS, learned, make_unet, peer_parts
+from tests.interchange.parts import learned
+from tests.sdxl import WIDTHS, make_unet, peer_parts
 
 CPU = torch.device("cpu")
 PROMPT = "a photo of the sks dog surfing"
