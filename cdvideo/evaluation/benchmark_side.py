@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -141,8 +142,14 @@ def count_operations(run: Run) -> Answer:
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    # torch's own table lacks the kernel of CPUs.
-    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    def linear(rows: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * math.prod(rows) * int(out_shape[-1])
+
+    # torch's own table lacks the kernels of CPUs.
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.mkldnn._linear_pointwise: linear,
+    }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.compiler.set_stance("force_eager"):
         run()
     return {"flops": counter.get_total_flops()}

@@ -7,7 +7,8 @@ folded into the UNet acts through it. Modules of a kind that is not known here k
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ from cdvideo.motion.modules import FrameAttention, MotionModules, TemporalBlock,
 from cdvideo.sampling.kernels import attend_rows, by_heads, gated, group_norm, linear, pictures, tokens
 from cdvideo.sampling.prompt_kv import CompiledCrossAttention
 from cdvideo.sampling.speed import Speed
+from cdvideo.sampling.winograd import by_tiles, convolve
+
+WIDE = 2**21  # numbers between the layers of a feed-forward at once; more leave the CPU's last cache
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def prepared(
         # Norms over whole films (AnimateDiff v1) are hooks within the resnets, which FastResnet would pass by.
         if isinstance(module, ResnetBlock2D):
             if speed.resnets and _is_plain_resnet(module) and not motion.config.joint_image_norms:
-                fast[module] = FastResnet(module, table)
+                fast[module] = FastResnet(module, table, winograd=speed.winograd)
         elif isinstance(module, Transformer2DModel):
             if speed.attentions and _is_plain_transformer(module):
                 fast[module] = FastAttention(module)
@@ -54,7 +58,8 @@ def prepared(
     try:
         for module, compute in fast.items():
             module.forward = compute  # as nn.Module calls it; the class's own lies below
-        yield
+        with by_tiles(unet) if speed.winograd else nullcontext():  # of the convolutions that are left
+            yield
     finally:
         for module in fast:
             module.__dict__.pop("forward", None)
@@ -86,19 +91,20 @@ class TimeTable:
 class FastResnet:
     """ResnetBlock2D."""
 
-    def __init__(self, resnet: ResnetBlock2D, table: TimeTable | None) -> None:
+    def __init__(self, resnet: ResnetBlock2D, table: TimeTable | None, *, winograd: bool) -> None:
         self.resnet, self.table = resnet, table
+        self.convolve = convolve if winograd else partial(F.conv2d, padding=1)
 
     def __call__(self, hidden_NCHW: Tensor, time_ND: Tensor) -> Tensor:
         resnet, rows_NLC = self.resnet, tokens(hidden_NCHW)
         inner_NCHW = pictures(group_norm(rows_NLC, resnet.norm1, silu=True), hidden_NCHW)
         if self.table is not None:
-            inner_NCHW = F.conv2d(inner_NCHW, resnet.conv1.weight, self.table.bias(resnet), padding=1)
+            inner_NCHW = self.convolve(inner_NCHW, resnet.conv1.weight, self.table.bias(resnet))
         else:
-            inner_NCHW = F.conv2d(inner_NCHW, resnet.conv1.weight, resnet.conv1.bias, padding=1)
+            inner_NCHW = self.convolve(inner_NCHW, resnet.conv1.weight, resnet.conv1.bias)
             inner_NCHW += resnet.time_emb_proj(F.silu(time_ND))[:, :, None, None]
         inner_NCHW = pictures(group_norm(tokens(inner_NCHW), resnet.norm2, silu=True), inner_NCHW)
-        inner_NCHW = F.conv2d(inner_NCHW, resnet.conv2.weight, resnet.conv2.bias, padding=1)
+        inner_NCHW = self.convolve(inner_NCHW, resnet.conv2.weight, resnet.conv2.bias)
         if resnet.conv_shortcut is None:
             return inner_NCHW.add_(hidden_NCHW)
         return pictures(linear(rows_NLC, resnet.conv_shortcut, plus=tokens(inner_NCHW)), hidden_NCHW)
@@ -220,7 +226,13 @@ def _attend_to_frames(attention: FrameAttention, rows_PFC: Tensor, *, plus: Tens
 
 
 def _feed_forward(forward: Any, rows: Tensor, *, plus: Tensor) -> Tensor:
-    return linear(gated(rows, forward.net[0].proj), forward.net[2], plus=plus)
+    """In as many parts as keep what lies between the two layers small: it is four times as wide."""
+    parts = -(-rows.numel() * 4 // WIDE)
+    made = [
+        linear(gated(part, forward.net[0].proj), forward.net[2], plus=part_plus)
+        for part, part_plus in zip(rows.chunk(parts), plus.chunk(parts), strict=True)
+    ]
+    return made[0] if parts == 1 else torch.cat(made)
 
 
 def _is_plain_resnet(resnet: ResnetBlock2D) -> bool:

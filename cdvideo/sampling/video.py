@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from cdvideo.sampling.prompt_kv import reading
 from cdvideo.sampling.prompt_track import compile_film, read_films
 from cdvideo.sampling.speed import EXACT, Speed
 from cdvideo.sampling.windows import Window, blend_weights, window_size, windowed, windows_at
+from cdvideo.sampling.winograd import by_tiles
 
 if TYPE_CHECKING:
     from cdvideo.media.export import Frame
@@ -105,7 +106,7 @@ def sample_video(
     )
     film = Film(prompt=prompt, seed=seed, concept=concept, negative_prompt=negative_prompt, control=control)
     (latents_FCHW,) = sample_latents(base, motion, [film], settings, start=start, progress=progress)
-    return decode_frames(base, latents_FCHW, chunk=decode_chunk)
+    return decode_frames(base, latents_FCHW, chunk=decode_chunk, winograd=speed.winograd)
 
 
 def sample_videos(
@@ -121,7 +122,8 @@ def sample_videos(
 ) -> list[npt.NDArray[np.uint8]]:
     """Several films of different prompts, seeds and concepts: frames_FHWC of each, as `sample_latents` makes them."""
     latents = sample_latents(base, motion, films, settings, start=start, batch=batch, progress=progress)
-    return [decode_frames(base, latents_FCHW, chunk=decode_chunk) for latents_FCHW in latents]
+    options: dict[str, Any] = {"chunk": decode_chunk, "winograd": settings.speed.winograd}
+    return [decode_frames(base, latents_FCHW, **options) for latents_FCHW in latents]
 
 
 @torch.inference_mode()
@@ -272,19 +274,26 @@ def _folded_concept(films: Sequence[Film]) -> Concept | None:
     return folded[0] if folded else None
 
 
-def decode_frames(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> npt.NDArray[np.uint8]:
+def decode_frames(
+    base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK, winograd: bool = True
+) -> npt.NDArray[np.uint8]:
     """Decodes a film a few frames at a time; only uint8 frames are kept.
+
+    Args:
+        winograd: as in `Speed`.
 
     Returns:
         frames_FHWC
     """
-    return np.stack(list(decode_stream(base, latents_FCHW, chunk=chunk)))
+    return np.stack(list(decode_stream(base, latents_FCHW, chunk=chunk, winograd=winograd)))
 
 
 @torch.inference_mode()
-def decode_stream(base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK) -> Iterator[Frame]:
+def decode_stream(
+    base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK, winograd: bool = True
+) -> Iterator[Frame]:
     """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once."""
-    with at_work(base.device, base.vae):
+    with at_work(base.device, base.vae), by_tiles(base.vae) if winograd else nullcontext():
         for part_FCHW in latents_FCHW.split(chunk):
             yield from to_uint8(decode_latents(base.vae, part_FCHW, chunk=chunk))
 
