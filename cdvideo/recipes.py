@@ -130,7 +130,6 @@ def _sampler(base: Base, config: ConceptConfig) -> Sampler:
             guidance=config.sample.guidance,
             width=config.resolution,
             height=config.resolution,
-            decode_chunk=1,  # decoding takes more memory than learning else
         )
 
     return sample

@@ -71,8 +71,8 @@ class AnimateConfig:
     offload: bool = False
     """Keep in RAM what is not at work: text encoder, then UNet and motion modules, then VAE come to the GPU one after
     the other. The same film, in less GPU memory and some seconds more."""
-    decode_chunk: int = 4
-    """Frames that the VAE decodes at once: fewer take less memory."""
+    decode_chunk: int = 1
+    """Frames that the VAE decodes at once: more take more memory, and keep a large GPU busier."""
     vae_tiling: bool = False
     """Decode pictures larger than the VAE was made for (512 pixels for Stable Diffusion 1) in overlapping tiles: less
     memory, and colours may differ a little from tile to tile."""

@@ -160,7 +160,7 @@ def test_large_pictures_can_be_decoded_in_tiles(base_folder: Path, workplace: Pa
     ]
     pictures = []
     for tiling in ("false", "true"):
-        assert run_main(main, [*flags, "--out", tiling, f"vae_tiling={tiling}", "decode_chunk=1"]) == 0
+        assert run_main(main, [*flags, "--out", tiling, f"vae_tiling={tiling}"]) == 0
         pictures.append(iio.imread(Path(tiling) / "a-dog-0.png").astype(int))
     assert pictures[0].shape == (64, 576, 3)
     difference = np.abs(pictures[0] - pictures[1])
