@@ -1,4 +1,4 @@
-"""Time things against their peers: `sampler`, `decode`, `length`, `training-step`, `memory`."""
+"""Time things against their peers: `sampler`, `decode`, `length`, `concepts`, `training-step`, `memory`."""
 
 import sys
 

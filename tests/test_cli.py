@@ -159,6 +159,7 @@ FLAGS = {
     "--loop --motion --motion-lora --motion-strength --negative-prompt --noise --num-videos --offload "
     "--prompt --scheduler --speed --steps --still --strength --window-blend --window-overlap "
     "--window-schedule --window-size",
+    "benchmark.py concepts": "--base --concepts --films --frames --height --pairs --steps --width",
     "benchmark.py decode": "--base --frames --height --pairs --width",
     "benchmark.py length": "--base --height --pairs --steps --width",
     "benchmark.py sampler": "--base --frames --height --pairs --peak-tflops --peers --speed --steps --width",

@@ -44,6 +44,18 @@ class Film:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FilmBatch(Film):
+    """Films that differ in their seeds (`seed`, `seed` + 1, ...) and perhaps in their concepts.
+
+    For {concept} in the prompt stand the token and the class word of each film's own concept.
+    """
+
+    films: int
+    concepts: tuple[str, ...]
+    """A concept file for each film. None: concepts made from the embedded base's sample concept by chance."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FilmBenchmark(Film):
     """What the benchmarks of films share."""
 
@@ -114,6 +126,36 @@ class LengthBenchmark(FilmBenchmark):
             (len(self.lengths) >= 2, f"lengths={list(self.lengths)}: at least 2 are needed, to compare"),
             (all(length >= 1 for length in self.lengths), f"lengths={list(self.lengths)}: must be at least 1"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptsBenchmark(FilmBenchmark):
+    """A batch of films of as many concepts, against a batch of films of one."""
+
+    prompt: str = "a {concept} wearing headphones surfing"
+    """For {concept} stand the token and the class word of each film's own concept."""
+    dtype: str = "fp32"
+    films: int = 8
+    """Films of a batch, with seed, seed + 1, ..."""
+    concepts: str = ""
+    """Concept files, separated by commas, one for each film. Without any, on the embedded base, as many as there are
+    films are made from its sample concept by chance."""
+
+    def __post_init__(self) -> None:
+        FilmBenchmark.__post_init__(self)
+        files = [Path(name).expanduser() for name in _names(self.concepts)]
+        check(
+            (self.films >= 2, f"films={self.films}: must be at least 2"),
+            (len(files) in (0, self.films), f"concepts: {len(files)} files for films={self.films}"),
+            (bool(files) or self.base == "tiny", f"base={self.base}: has no sample concept: name files with concepts="),
+            *((file.is_file(), f"concepts={file}: no such file") for file in files),
+        )
+
+    @property
+    def film(self) -> FilmBatch:
+        """What is asked of a side."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Film)}
+        return FilmBatch(**shared, films=self.films, concepts=_names(self.concepts))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.concept.config import SAMPLE_PICTURES
 from cdvideo.evaluation.benchmark_config import TrainingStepConfig
-from cdvideo.evaluation.benchmark_films import DecodeBenchmark, FilmBenchmark, LengthBenchmark, SamplerBenchmark
+from cdvideo.evaluation.benchmark_films import (
+    ConceptsBenchmark,
+    DecodeBenchmark,
+    FilmBenchmark,
+    LengthBenchmark,
+    SamplerBenchmark,
+)
 from cdvideo.evaluation.benchmark_memory import memory_flags, run_memory
 from cdvideo.media.images import read_pictures
 from cdvideo.runs import require_writable
@@ -95,15 +101,23 @@ def _decode_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, metavar="N", help="length of the film (64)")
 
 
+def _concepts_flags(parser: ArgumentParser) -> None:
+    _film_flags(parser)
+    parser.add_argument("--frames", type=int, metavar="N", help="length of each film (16)")
+    parser.add_argument("--films", type=int, metavar="N", help="films of a batch (8)")
+    parser.add_argument("--concepts", metavar="LIST", help="a file for each film (made from the sample concept)")
+
+
 def _film_benchmark(args: Namespace, name: str, cls: type[FilmBenchmark]) -> None:
     start = time.perf_counter()
     config = config_from_flags(cls, args)
     require_writable(config.out)
 
-    from cdvideo.evaluation import benchmark_sampler
+    from cdvideo.evaluation import benchmark_concepts, benchmark_sampler
 
     progress = (lambda line: None) if config.quiet else print
-    result = getattr(benchmark_sampler, name)(config, progress)
+    module = benchmark_concepts if name == "concepts" else benchmark_sampler
+    result = getattr(module, name)(config, progress)
     if not config.quiet:
         print(benchmark_sampler.as_markdown(result))
         print(f"wrote {config.out / f'results-{name}.json'} and .md")
@@ -130,6 +144,11 @@ COMMANDS = {
         "time and memory of films of several lengths",
         _film_flags,
         lambda args: _film_benchmark(args, "length", LengthBenchmark),
+    ),
+    "concepts": Command(
+        "a batch of films of as many concepts against one of films of a single concept",
+        _concepts_flags,
+        lambda args: _film_benchmark(args, "concepts", ConceptsBenchmark),
     ),
     "memory": Command(
         "what learning and filming really take of a GPU's memory, beside the estimate", memory_flags, run_memory

@@ -25,7 +25,7 @@ from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.motion.files import load_motion
 from cdvideo.sampling.denoise import draw_noise
 
-Run = Callable[[], npt.NDArray[np.uint8]]  # frames_FHWC
+Run = Callable[[], npt.NDArray[Any]]  # frames_FHWC, or of several films latents_BFCHW
 
 
 def documented(film: Film) -> Run:

@@ -61,7 +61,8 @@ class Side:
     added_bytes: int | None = None
     cuda_bytes: int | None = None
     flops: int | None = None
-    frames_FHWC: npt.NDArray[np.uint8] | None = None
+    made: npt.NDArray[Any] | None = None
+    """What the last run gave: frames_FHWC, or of several films latents_BFCHW."""
 
     def ask(self, **request: str) -> dict[str, Any]:
         """Raises SideError with what the side says has gone wrong."""
@@ -88,7 +89,7 @@ class Side:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "frames.npy"
             ran = self.ask(do="run", save=str(file))
-            self.frames_FHWC = np.load(file)
+            self.made = np.load(file)
         self.seconds.append(ran["seconds"])
         self.peak_bytes = max(self.peak_bytes, ran["peak_bytes"])
         self.run_bytes = max(self.run_bytes, ran["peak_bytes"])
@@ -201,15 +202,15 @@ def row(one: Side, peer: Side | None, *, peak_tflops: float | None = None) -> Ro
         if peak_tflops is not None:
             found["share_of_peak"] = round(one.flops / median(one.seconds) / 1e12 / peak_tflops, 4)
     if peer is not None and peer is not one:
-        assert one.frames_FHWC is not None and peer.frames_FHWC is not None
+        assert one.made is not None and peer.made is not None
         found["times_faster"] = spread([theirs / own for theirs, own in zip(peer.seconds, one.seconds, strict=True)])
         found["peak_ratio"] = round(one.peak_bytes / peer.peak_bytes, 3)
         found["run_ratio"] = round(one.run_bytes / peer.run_bytes, 3)
         if one.cuda_bytes and peer.cuda_bytes:
             found["cuda_ratio"] = round(one.cuda_bytes / peer.cuda_bytes, 3)
-        as_one = (1, -1, *one.frames_FHWC.shape[2:])  # one figure for the film, not the mean over its frames
-        found["psnr_db"] = round(float(psnr(peer.frames_FHWC.reshape(as_one), one.frames_FHWC.reshape(as_one))[0]), 2)
-        found["contrast"] = round(float(peer.frames_FHWC.std()), 1)
+        as_one = (1, -1, *one.made.shape[2:])  # one figure for the film, not the mean over its frames
+        found["psnr_db"] = round(float(psnr(peer.made.reshape(as_one), one.made.reshape(as_one))[0]), 2)
+        found["contrast"] = round(float(peer.made.std()), 1)
     return found
 
 
@@ -233,6 +234,8 @@ def write_results(name: str, config: FilmBenchmark, groups: list[dict[str, Any]]
     """The result as JSON, and as a table for people."""
     film = dataclasses.asdict(config.film)
     film["base"] = Path(config.base).name  # no folders of a machine
+    if "concepts" in film:
+        film["concepts"] = ", ".join(Path(name).name for name in film["concepts"]) or None
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
@@ -272,15 +275,20 @@ _COLUMNS = (
     "film, s",
     "times faster",
     "time of a frame, x",
+    "time, x",
     "PSNR, dB",
     "peak RSS, GiB",
+    "peak RSS, x",
     "while running, GiB",
+    "while running, x",
     "x",
     "added, GiB",
     "GPU peak, GiB",
     "TFLOP",
     "TFLOP/s",
     "share of peak",
+    "from one by one",
+    "from one concept",
     "failed",
 )
 
@@ -294,7 +302,11 @@ def _cells(row: Row) -> dict[str, str]:
         "load, s": f"{row['load_seconds']:.1f}",
         "first film, s": f"{row['first_seconds']:.2f}",
     }
-    for column, key in (("film, s", "seconds"), ("times faster", "times_faster"), ("time of a frame, x", "linear")):
+    for column, key in (
+        ("film, s", "seconds"),
+        ("times faster", "times_faster"),
+        ("time of a frame, x", "linear"),
+    ):
         if key in row:
             cells[column] = f"{row[key]['median']:.2f} [{row[key]['min']:.2f}, {row[key]['max']:.2f}]"
     for column, key in (
@@ -305,6 +317,13 @@ def _cells(row: Row) -> dict[str, str]:
     ):
         if row[key] is not None:
             cells[column] = f"{row[key] / GIB:.2f}"
+    if "time_ratio" in row:
+        ratio = row["time_ratio"]
+        cells["time, x"] = f"{ratio['median']:.3f} [{ratio['min']:.3f}, {ratio['max']:.3f}]"
+        cells |= {"peak RSS, x": f"{row['peak_ratio']:.3f}", "while running, x": f"{row['run_ratio']:.3f}"}
+    for column, key in (("from one by one", "from_one_by_one"), ("from one concept", "from_one_concept")):
+        if key in row:
+            cells[column] = f"{row[key]:.1e}"
     if row["flops"] is not None:
         cells |= {"TFLOP": f"{row['flops'] / 1e12:.3f}", "TFLOP/s": f"{row['tflops']:.3f}"}
     if "share_of_peak" in row:

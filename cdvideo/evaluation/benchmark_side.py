@@ -1,6 +1,6 @@
 """One side of a benchmark in a process of its own: python -m cdvideo.evaluation.benchmark_side SIDE FILM.
 
-FILM is JSON with the fields of `Film`. The process loads the side, answers with a line of JSON, and then answers each
+FILM is JSON with the fields of `Film`, or of `FilmBatch` for the sides that make several. The process loads the side, answers with a line of JSON, and then answers each
 line that it reads: {"do": "run", "save": PATH} makes the film, {"do": "count"} makes it once more and counts its
 operations. What goes wrong is an answer too: {"error": ...}.
 
@@ -11,6 +11,7 @@ our sides tell glibc to keep freed memory (cdvideo/cpu.py): that belongs to what
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -24,23 +25,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cdvideo.base.loader import Base, load_base
 from cdvideo.cli import peak_memory_bytes
-from cdvideo.concept.concept import library_versions
+from cdvideo.concept.concept import Concept, library_versions
+from cdvideo.concept.file import SAMPLE_CONCEPT
 from cdvideo.cpu import keep_freed_memory
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
 from cdvideo.evaluation import benchmark_peer
-from cdvideo.evaluation.benchmark_films import RANDOM_SD15, SPEEDS, Film
+from cdvideo.evaluation.benchmark_films import RANDOM_SD15, SPEEDS, Film, FilmBatch
 from cdvideo.evaluation.benchmark_peer import Run
 from cdvideo.evaluation.benchmark_random import random_sd15
+from cdvideo.interchange.load import load_adapters
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.denoise import draw_noise, latent_size
+from cdvideo.sampling.options import FilmSettings
 from cdvideo.sampling.speed import PRESETS
-from cdvideo.sampling.video import decode_frames, sample_video
+from cdvideo.sampling.video import Film as VideoFilm
+from cdvideo.sampling.video import decode_frames, sample_latents, sample_video
 
 Answer = dict[str, Any]
 
@@ -66,6 +72,52 @@ def ours(film: Film, speed: str) -> Run:
         )
 
     return run
+
+
+def several(batch: FilmBatch, *, concepts: bool, at_once: bool) -> Run:
+    """latents_BFCHW of films, each of its own concept or all of the first, in one batch or one film after the other."""
+    keep_freed_memory()
+    base, motion = load_ours(batch)
+    loaded = load_concepts(base, batch, count=batch.films if concepts else 1)
+    films = [
+        VideoFilm(prompt=_fill_in(batch.prompt, concept), seed=batch.seed + index, concept=concept)
+        for index, concept in enumerate(loaded if concepts else loaded * batch.films)
+    ]
+    settings = FilmSettings(
+        frames=batch.frames, steps=batch.steps, guidance=batch.guidance, width=batch.width, height=batch.height
+    )
+
+    def run() -> Any:
+        latents = sample_latents(base, motion, films, settings, batch=batch.films if at_once else 1)
+        return np.stack([latents_FCHW.float().cpu().numpy() for latents_FCHW in latents])
+
+    return run
+
+
+def load_concepts(base: Base, batch: FilmBatch, *, count: int) -> list[Concept]:
+    """The first concepts of a batch, no more of them in memory than asked for."""
+    if batch.concepts:
+        return [load_adapters(base, [(Path(name).expanduser(), 1.0)]) for name in batch.concepts[:count]]
+    sample = load_adapters(base, [(SAMPLE_CONCEPT, 1.0)])
+    return [another_concept(sample, seed=index) for index in range(count)]
+
+
+def another_concept(concept: Concept, *, seed: int) -> Concept:
+    """Half as far from a concept as it is from its base: Gaussian noise on its rows and its changes to K and V."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator).to(tensor)
+            for name, tensor in tensors.items()
+        }
+
+    return dataclasses.replace(concept, tokens=moved(concept.tokens), weights=moved(concept.weights))
+
+
+def _fill_in(prompt: str, concept: Concept) -> str:
+    words = [f"{token} {concept.metadata.class_words.get(token, '')}".strip() for token in concept.tokens]
+    return prompt.replace("{concept}", " ".join(words))
 
 
 def load_ours(film: Film) -> tuple[Base, MotionModules]:
@@ -98,27 +150,32 @@ def load_to_decode(film: Film) -> tuple[Base, torch.Tensor]:
     return base, noise_BFCHW[0].to(base.device, base.dtype)
 
 
-SIDES: dict[str, Callable[[Film], Run]] = {
+SIDES: dict[str, Callable[[Any], Run]] = {
     **{name: partial(ours, speed=name) for name in SPEEDS},
     "documented": benchmark_peer.documented,
     "best": benchmark_peer.best,
     "decode": decode_ours,
     "decode-diffusers": decode_peer,
 }
+BATCHES: dict[str, Callable[[Any], Run]] = {
+    "one concept": partial(several, concepts=False, at_once=True),
+    "many concepts": partial(several, concepts=True, at_once=True),
+    "many concepts, one by one": partial(several, concepts=True, at_once=False),
+}
 
 
 def run_film(run: Run, save: str) -> Answer:
-    """Makes the film once: seconds, the most memory held while it was made, and its frames in a file."""
+    """Makes the film once: seconds, the most memory held while it was made, and the film in a file."""
     cuda = torch.cuda.is_initialized()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     before = _peak_begins()
     start = time.perf_counter()
-    frames_FHWC = run()
-    seconds = time.perf_counter() - start  # the frames are on the host: nothing is left to wait for
+    made = run()
+    seconds = time.perf_counter() - start  # it is on the host: nothing is left to wait for
     peak = peak_memory_bytes()
-    np.save(save, frames_FHWC)
+    np.save(save, made)
     return {
         "seconds": seconds,
         "peak_bytes": peak,
@@ -192,7 +249,7 @@ def main(side: str, film: Film, answers: Any) -> None:
     runs: list[Run] = []
 
     def load() -> Answer:
-        runs.append(SIDES[side](film))
+        runs.append((SIDES | BATCHES)[side](film))
         return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory_bytes(), **surroundings(film)}
 
     answer(load)
@@ -205,4 +262,5 @@ def main(side: str, film: Film, answers: Any) -> None:
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as private, contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)  # whatever a library prints must not stand among the answers
-        main(sys.argv[1], Film(**json.loads(sys.argv[2])), private)
+        asked_for = FilmBatch if sys.argv[1] in BATCHES else Film
+        main(sys.argv[1], asked_for(**json.loads(sys.argv[2])), private)

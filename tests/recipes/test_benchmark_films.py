@@ -12,14 +12,17 @@ import torch
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
-from cdvideo.evaluation.benchmark_films import SPEEDS
+from cdvideo.concept.concept import Concept
+from cdvideo.concept.file import SAMPLE_CONCEPT, load_concept, save_concept
+from cdvideo.evaluation.benchmark_films import SPEEDS, ConceptsBenchmark
 from cdvideo.evaluation.benchmark_main import main
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.benchmark_sampler import as_markdown, spread
-from cdvideo.evaluation.benchmark_side import SIDES
+from cdvideo.evaluation.benchmark_side import SIDES, another_concept
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.speed import PRESETS
+from tests.recipes.test_animate import save_tiny_concept
 
 CPU = torch.device("cpu")
 
@@ -86,6 +89,49 @@ def test_lengths_are_compared_with_the_shortest(base_folder: Path, tmp_path: Pat
     assert (longer["side"], longer["linear"]["median"] > 0) == ("4 frames", True)
 
 
+@pytest.mark.slow
+def test_films_of_many_concepts_are_each_as_alone(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{token}.safetensors" for token in ("sks", "tom", "rex")]
+    for seed, file in enumerate(files):
+        save_tiny_concept(base_folder, file, token=file.stem)
+        save_concept(another_concept(load_concept(file), seed=seed), file)
+    named = ["--films", "3", "--concepts", ",".join(map(str, files))]
+    short = ["--frames", "3", "--steps", "2", "--pairs", "2"]
+    assert run_main(main, ["concepts", "--base", str(base_folder), "--out", str(tmp_path), *named, *short]) == 0
+    result = json.loads((tmp_path / "results-concepts.json").read_text())
+    assert result["film"]["concepts"] == "sks.safetensors, tom.safetensors, rex.safetensors"
+    assert str(tmp_path) not in json.dumps(result)
+    (group,) = result["groups"]
+    one, many, alone = group["rows"]
+    assert (one["side"], many["side"], group["dtype"]) == ("one concept", "many concepts", "float32")
+    assert many["from_one_by_one"] <= 1e-4 and many["from_one_concept"] > 1e-3
+    ratios = [own / least for own, least in zip(many["seconds"]["all"], one["seconds"]["all"], strict=True)]
+    assert many["time_ratio"]["all"] == pytest.approx(ratios, rel=0.05) and one["time_ratio"]["all"] == [1, 1]
+    assert many["peak_ratio"] == pytest.approx(many["peak_bytes"] / one["peak_bytes"], abs=1e-3)
+    assert len(alone["seconds"]["all"]) == 2
+    said = capsys.readouterr().out
+    assert "each from a file of its own" in said and "| from one by one |" in said
+
+
+def test_concepts_by_chance_are_near_the_sample_and_differ() -> None:
+    sample = load_concept(SAMPLE_CONCEPT)
+    first, again, second = (another_concept(sample, seed=seed) for seed in (1, 1, 2))
+    assert first.weights.keys() == sample.weights.keys() and first.metadata == sample.metadata
+    name = next(iter(sample.weights))
+
+    def apart(left: Concept, right: Concept) -> float:
+        return (left.weights[name] - right.weights[name]).float().std().item()
+
+    size = sample.weights[name].float().std().item()
+    assert apart(first, again) == 0
+    assert apart(first, sample) == pytest.approx(size / 2, rel=0.1)
+    assert apart(first, second) == pytest.approx(size / 2**0.5, rel=0.1)
+    assert not torch.equal(first.tokens["sks"], sample.tokens["sks"])
+
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -94,6 +140,10 @@ def test_lengths_are_compared_with_the_shortest(base_folder: Path, tmp_path: Pat
         (["sampler", "--pairs", "1"], "pairs=1"),
         (["sampler", "--base", "nowhere"], "random-sd15"),
         (["length", "lengths=[8]"], "at least 2 are needed"),
+        (["concepts", "--films", "3", "--concepts", "a.bin,b.bin"], "2 files for films=3"),
+        (["concepts", "--films", "1"], "films=1: must be at least 2"),
+        (["concepts", "--films", "2", "--concepts", "a.bin,b.bin"], "concepts=a.bin: no such file"),
+        (["concepts", "--base", "random-sd15"], "has no sample concept"),
     ],
 )
 def test_wrong_settings_are_told_with_exit_code_2(
