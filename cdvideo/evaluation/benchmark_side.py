@@ -1,8 +1,8 @@
 """One side of a benchmark in a process of its own: python -m cdvideo.evaluation.benchmark_side SIDE FILM.
 
-FILM is JSON with the fields of `Film`, or of `FilmBatch` for the sides that make several. The process loads the side, answers with a line of JSON, and then answers each
-line that it reads: {"do": "run", "save": PATH} makes the film, {"do": "count"} makes it once more and counts its
-operations. What goes wrong is an answer too: {"error": ...}.
+FILM is JSON with the fields of `Film`, or of `FilmBatch` for the sides that make several. The process loads the side,
+answers with a line of JSON, and then answers each line that it reads: {"do": "run", "save": PATH} makes the film,
+{"do": "count"} makes it once more and counts its operations. What goes wrong is an answer too: {"error": ...}.
 
 A process of its own gives each side its own peak of memory. Both sides stay loaded, so that runs can alternate. Only
 our sides tell glibc to keep freed memory (cdvideo/cpu.py): that belongs to what is measured.

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import GifImagePlugin, Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
 from cdvideo.errors import UserError
 from cdvideo.media.ffmpeg import Codec, encode
+from cdvideo.media.spool import Frame, Spool
 from cdvideo.runs import atomic_path, require_writable
 
-Frame: TypeAlias = npt.NDArray[np.uint8]  # frame_HWC, RGB
 Metadata: TypeAlias = Mapping[str, str | int | float | bool | None]
 
 Dither: TypeAlias = Literal["none", "ordered", "diffusion"]
@@ -45,8 +45,9 @@ def write_video(
     """Writes a film in the format of the path's suffix: .mp4, .webm, .gif, .webp; without one, a folder of PNGs.
 
     Args:
-        frames: frame_HWC, uint8 RGB, all of one size; an mp4, a webm and PNGs take them one by one, and never hold the
-            film. In an mp4 or webm of odd sides the last row or column is repeated.
+        frames: frame_HWC, uint8 RGB, all of one size, taken one by one: no writer holds the film. A gif and a webp,
+            which are read twice, keep it in a temporary file. In an mp4 or webm of odd sides the last row or column is
+            repeated.
         fps: frames a second.
         metadata: settings that made the film, for the file's comment; `prompt` becomes the title too.
         codec: of an mp4: "h264", which plays everywhere, or the smaller "hevc" and "av1".
@@ -171,22 +172,27 @@ def _png_text(metadata: Metadata) -> PngInfo:
 
 
 def _write_gif(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata, *, dither: Dither) -> None:
-    """One palette for the whole film."""
-    images = [Image.fromarray(frame) for frame in frames]
-    palette = _common_palette(images)
+    """One palette for the whole film; of each frame, the box of what has changed.
+
+    Pillow's `save` would hold all frames, so its parts of a gif are written one after the other.
+    """
     diffusion = Image.Dither.FLOYDSTEINBERG if dither == "diffusion" else Image.Dither.NONE
-    shown = (_raise_by_pattern(image) for image in images) if dither == "ordered" else images
-    indexed = [image.quantize(palette=palette, dither=diffusion) for image in shown]
-    indexed[0].save(
-        path,
-        save_all=True,
-        append_images=indexed[1:],
-        duration=[10 * hundredths for hundredths in frame_durations(len(indexed), fps, unit=0.01)],
-        loop=0,
-        palette=bytes(palette.getpalette() or ()),  # else every frame would carry a copy of its own
-        optimize=False,
-        comment=_as_json(metadata).encode("utf-8"),
-    )
+    with Spool(frames) as film, path.open("wb") as file:
+        palette = _common_palette(film)
+        last: Image.Image | None = None
+        for frame, hundredths in zip(film, frame_durations(len(film), fps, unit=0.01), strict=True):
+            image = Image.fromarray(frame)
+            shown = _raise_by_pattern(image) if dither == "ordered" else image
+            indexed = shown.quantize(palette=palette, dither=diffusion)
+            if last is None:
+                settings = {"loop": 0, "comment": _as_json(metadata).encode("utf-8")}
+                file.writelines(GifImagePlugin.getheader(indexed, info=settings)[0])
+                box = (0, 0, *indexed.size)
+            else:
+                box = ImageChops.subtract_modulo(indexed, last).getbbox() or (0, 0, 1, 1)
+            file.writelines(GifImagePlugin.getdata(indexed.crop(box), box[:2], duration=10 * hundredths))
+            last = indexed
+        file.write(b";")
 
 
 def _raise_by_pattern(image: Image.Image) -> Image.Image:
@@ -198,29 +204,30 @@ def _raise_by_pattern(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) + field).round().clip(0, 255).astype(np.uint8))
 
 
-def _common_palette(images: Sequence[Image.Image]) -> Image.Image:
+def _common_palette(film: Spool) -> Image.Image:
     """256 colours by median cut over all frames; of a long or large film, over a grid of its pixels."""
-    total = sum(image.width * image.height for image in images)
+    total = len(film) * film[0].shape[0] * film[0].shape[1]
     step = max(1, round((total / 1_000_000) ** 0.5))
-    pixels = [np.asarray(image)[::step, ::step].reshape(-1, 3) for image in images]
+    pixels = [frame[::step, ::step].reshape(-1, 3).copy() for frame in film]
     return Image.fromarray(np.concatenate(pixels)[None]).quantize(256, method=Image.Quantize.MEDIANCUT)
 
 
 def _write_webp(frames: Iterator[Frame], path: Path, fps: float, metadata: Metadata) -> None:
-    images = [Image.fromarray(frame) for frame in frames]
+    """libwebp holds what it has encoded until the end, as many bytes as the file will have."""
     exif = Image.Exif()
     exif[_EXIF_DESCRIPTION] = json.dumps(dict(metadata))  # EXIF text is ASCII
     exif[_EXIF_SOFTWARE] = "cdvideo"
-    images[0].save(
-        path,
-        save_all=True,
-        append_images=images[1:],
-        duration=frame_durations(len(images), fps, unit=0.001),
-        loop=0,
-        quality=90,
-        method=4,
-        exif=exif,
-    )
+    with Spool(frames) as film:
+        durations = frame_durations(len(film), fps, unit=0.001)
+        _as_reel(film).save(path, "WEBP", save_all=True, duration=durations, loop=0, quality=90, method=4, exif=exif)
+
+
+def _as_reel(film: Spool) -> Image.Image:
+    """A film as Pillow's own readers show one: a picture that turns into the frame that is sought."""
+    reel: Any = Image.fromarray(film[0])
+    reel.n_frames = len(film)
+    reel.seek = lambda index: reel.paste(Image.fromarray(film[index]))
+    return reel
 
 
 def _as_json(metadata: Metadata) -> str:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from cdvideo.base.loader import Base
     from cdvideo.concept.concept import Concept
     from cdvideo.media.export import Metadata
+    from cdvideo.media.spool import Spool
     from cdvideo.motion.modules import MotionModules
     from cdvideo.sampling.denoise import Start
-    from cdvideo.sampling.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +173,9 @@ def _sample(
     config: AnimateConfig, base: Base, concept: Concept | None, motion: MotionModules | None
 ) -> Iterator[tuple[int, Spool]]:
     """Seed and frames of each film, or of each still as a film of one frame; a film is decoded when its turn comes."""
+    from cdvideo.media.spool import Spool
     from cdvideo.sampling.distance import distance
     from cdvideo.sampling.speed import EXACT
-    from cdvideo.sampling.spool import Spool
     from cdvideo.sampling.video import Film, decode_frames, decode_stream, sample_latents
 
     seeds = range(config.seed, config.seed + config.num_videos)

@@ -18,7 +18,7 @@ from cdvideo.errors import UserError
 from cdvideo.sampling.denoise import Start
 
 if TYPE_CHECKING:
-    from cdvideo.media.export import Frame
+    from cdvideo.media.spool import Frame
 
 ENCODE_CHUNK = 4  # frames encoded at once: what bounds the memory of encoding, whatever the film's length
 

@@ -35,7 +35,7 @@ from cdvideo.sampling.windows import Window, blend_weights, window_size, windowe
 from cdvideo.sampling.winograd import by_tiles
 
 if TYPE_CHECKING:
-    from cdvideo.media.export import Frame
+    from cdvideo.media.spool import Frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -265,3 +267,72 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can not write"):
         write_video(make_frames(), tmp_path / "file" / "film.mp4", fps=8, metadata={})
+
+
+def test_no_writer_holds_the_film(tmp_path: Path) -> None:
+    """Of the frames that were handed out, at most the last two are alive."""
+    handed: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def film() -> Iterator[np.ndarray]:
+        for index in range(8):
+            alive.append(sum(reference() is not None for reference in handed))
+            frame = np.full((32, 32, 3), 20 * index, np.uint8)
+            handed.append(weakref.ref(frame))
+            yield frame
+            del frame
+
+    for suffix in (".mp4", ".webm", ".gif", ".webp", ""):
+        write_video(film(), tmp_path / f"film{suffix}", fps=8, metadata={})
+        assert len(alive) == 8 and max(alive) <= 2, suffix
+        handed.clear(), alive.clear()
+
+
+MEASURE = """
+import sys
+import numpy as np
+from pathlib import Path
+from cdvideo.cli import peak_memory_bytes
+from cdvideo.media.export import write_video
+
+def film(count):
+    y, x = np.mgrid[:384, :384]
+    still = np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)
+    for index in range(count):
+        frame = still.copy()
+        frame[40:120, 2 * index : 2 * index + 80] = 255
+        yield frame
+
+path = Path(sys.argv[1])
+write_video(film(10), path, fps=8, metadata={})
+before = peak_memory_bytes()
+write_video(film(110), path, fps=8, metadata={})
+print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_memory_does_not_grow_with_the_film(tmp_path: Path, suffix: str) -> None:
+    """100 frames more are 44 MB of pixels, 15 MB of palette indices."""
+    path = tmp_path / f"film.{suffix}"
+    told = subprocess.run([sys.executable, "-c", MEASURE, str(path)], check=True, capture_output=True, text=True).stdout
+    print(f"{suffix}: {int(told) / 1e6:.1f} MB more for 100 frames more, a file of {path.stat().st_size / 1e6:.1f} MB")
+    assert int(told) < 6e6 + 2 * path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_frames_that_stand_still(tmp_path: Path, suffix: str) -> None:
+    """Each keeps its time, and nothing else changes."""
+    first, *_, last = make_frames()
+    write_video([first, first, first, last], tmp_path / f"film.{suffix}", fps=7, metadata={})
+    read = read_with_pillow(tmp_path / f"film.{suffix}")
+    assert len(read) in (4, 2)  # libwebp lengthens the one before
+    assert mean_difference(read[-2], first) < 4 and mean_difference(read[-1], last) < 4
+    with Image.open(tmp_path / f"film.{suffix}") as image:
+        total = 0
+        for index in range(image.n_frames):
+            image.seek(index)
+            image.load()
+            total += image.info["duration"]
+    assert total == pytest.approx(4000 / 7, abs=5)

@@ -14,7 +14,7 @@ from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.file import SAMPLE_CONCEPT, load_concept, save_concept
-from cdvideo.evaluation.benchmark_films import SPEEDS, ConceptsBenchmark
+from cdvideo.evaluation.benchmark_films import SPEEDS
 from cdvideo.evaluation.benchmark_main import main
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.benchmark_sampler import as_markdown, spread
@@ -129,7 +129,6 @@ def test_concepts_by_chance_are_near_the_sample_and_differ() -> None:
     assert apart(first, sample) == pytest.approx(size / 2, rel=0.1)
     assert apart(first, second) == pytest.approx(size / 2**0.5, rel=0.1)
     assert not torch.equal(first.tokens["sks"], sample.tokens["sks"])
-
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cdvideo.sampling.spool import Spool
+from cdvideo.media.spool import Spool
 
 
 def test_frames_come_back_by_index_and_in_order() -> None:

@@ -6,11 +6,12 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from cdvideo.media.export import Frame
+Frame: TypeAlias = npt.NDArray[np.uint8]  # frame_HWC, RGB
 
 
 class Spool(Sequence[Frame]):
