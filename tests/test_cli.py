@@ -154,9 +154,9 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 # The command line is a promise to those who script it: a flag is added or taken away here first.
 COMMON = "--config --device --dtype --help --out --quiet --seed"
 FLAGS = {
-    "animate.py": "--also-still --attention --base --batch --codec --compare --concept --concept-frames "
-    "--concept-strength --dither --format --fps --frames --freeinit --guidance --init-image --init-video "
-    "--loop --motion --motion-lora --motion-strength --negative-prompt --noise --num-videos --offload "
+    "animate.py": "--also-still --attention --base --batch --codec --compare --compile --concept "
+    "--concept-frames --concept-strength --dither --format --fps --frames --freeinit --guidance --init-image "
+    "--init-video --loop --motion --motion-lora --motion-strength --negative-prompt --noise --num-videos --offload "
     "--prompt --scheduler --speed --steps --still --strength --window-blend --window-overlap "
     "--window-schedule --window-size",
     "benchmark.py concepts": "--base --concepts --films --frames --height --pairs --steps --width",

@@ -13,7 +13,8 @@ PEERS = {
     "documented": "diffusers as its documentation shows it",
     "best": "diffusers at its documented best: compiled UNet, fused projections, channels_last",
 }
-SPEEDS = ("exact", "balanced", "fast")  # presets of sample_video, each a row of its own
+# Presets of sample_video, and `exact` compiled by torch.compile; each is a row of its own.
+SPEEDS = ("exact", "balanced", "fast", "compiled")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,7 @@ class SamplerBenchmark(FilmBenchmark):
     peers: str = "documented,best"
     """Some of documented, best, separated by commas: how diffusers is used."""
     speed: str = "exact"
-    """Presets of our sampler, separated by commas: exact, balanced, fast."""
+    """Presets of our sampler, separated by commas: exact, balanced, fast; and compiled: exact by torch.compile."""
     peak_tflops: float | None = None
     """Peak of the device's matrix units in the chosen dtype, in 10^12 operations a second; null where the card is known
     by name (NVIDIA H100 and A100, dense bf16), else no share of it is told."""

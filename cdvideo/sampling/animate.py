@@ -298,6 +298,7 @@ def _settings(
         "num_videos",
         "batch",
         "compare",
+        "compile",
         "also_still",
         "format",
         "codec",

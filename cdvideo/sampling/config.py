@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ class AnimateConfig:
     little (balanced) or visibly (fast) from the exact one of the same seed."""
     compare: bool = False
     """Also makes the exact film, and prints how far this one is from it."""
+    compile: bool = False
+    """Compile the UNet by torch.compile before the first step. It takes minutes for each size and length, so it is for
+    many films or large ones."""
     seed: int = 0
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1
@@ -131,6 +135,7 @@ class AnimateConfig:
             "control": self.control != Control(),
             "start": self.start != StartFrom(),
             "batch": self.batch > 1,
+            "compile": self.compile,
         }
         asked = ", ".join(name for name, given in of_films.items() if given)
         yield not self.still or self.speed == "exact", f"speed={self.speed} with still: presets are for films"
@@ -162,7 +167,7 @@ class AnimateConfig:
             height=self.height,
             windows=self.windows,
             noise=self.noise,
-            speed=PRESETS[self.speed],
+            speed=dataclasses.replace(PRESETS[self.speed], compiled=self.compile),
         )
 
     @property

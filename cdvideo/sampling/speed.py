@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """The switches of the sampler. All exact ones are on by default, all approximate ones off."""
+    """The switches of the sampler. All exact ones but compiling are on by default, all approximate ones off."""
 
     time_table: bool = True
     """Exact: what the resnets add for the time is computed once for each step, in the bias of their convolutions."""
@@ -26,6 +26,8 @@ class Speed:
     """Exact: enlarging by doubling pixels, then a 3x3 convolution, is four 2x2 convolutions of the small picture."""
     winograd: bool = True
     """Exact: on CPUs in float32 the 3x3 convolutions of wide layers, the VAE's too, with a quarter of the products."""
+    compiled: bool = False
+    """Exact, in every preset but asked for apart: the UNet is compiled as one graph (sampling/compiled.py)."""
 
     stride: float = 0.0
     """Approximate: after step k the model is asked again `stride` * k steps later (the first steps decide on the

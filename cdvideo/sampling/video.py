@@ -22,6 +22,7 @@ from cdvideo.concept.concept import Concept
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import DeepFeature, VideoUNet
+from cdvideo.sampling.compiled import compiled
 from cdvideo.sampling.denoise import Predict, Start, denoise, guided, latent_size
 from cdvideo.sampling.forecast import forecasting
 from cdvideo.sampling.motion_strength import moving
@@ -214,6 +215,7 @@ def _window_model(
     varies = any(each.varies for each in prompts)
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
     deep: dict[tuple[Window, bool], DeepFeature] = {}
+    walk = compiled(video_unet, steady=speed.deep_every == 1) if speed.compiled else video_unet
 
     def predict_at(shown: Window) -> Predict:
         def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
@@ -236,7 +238,7 @@ def _window_model(
                     table.step = step
                 copies = (1 + both) * len(films) // len(films_BFCHW)
                 kept = _deep_feature(deep, speed, (shown, alone), step)
-                answer = video_unet(films_BFCHW, timestep, None, now.added, copies=copies, deep=kept).float()
+                answer = walk(films_BFCHW, timestep, None, now.added, copies=copies, deep=kept).float()
             return torch.cat([answer, answer]) if alone else answer
 
         return guided(predict, settings.guidance)
@@ -246,7 +248,9 @@ def _window_model(
         tuned(base.unet, _folded_concept(films)),
         reading(base.unet, steady),
     ):
-        table = TimeTable(base.unet, timesteps_T) if speed.time_table and not base.is_sdxl else None
+        # A graph does not know the step, and has the projections of the time fused.
+        tabulated = speed.time_table and not (base.is_sdxl or speed.compiled)
+        table = TimeTable(base.unet, timesteps_T) if tabulated else None
         with prepared(base.unet, video_unet.motion, speed, table=table):
             yield predict_at
 

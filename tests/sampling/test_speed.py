@@ -22,7 +22,7 @@ from cdvideo.sampling.prompt_kv import read_text, reading
 from cdvideo.sampling.speed import EXACT, PLAIN, PRESETS, Speed
 from cdvideo.sampling.video import Film, sample_latents, sample_video
 
-EXACT_SWITCHES = [field.name for field in fields(Speed) if isinstance(field.default, bool)]
+EXACT_SWITCHES = [field.name for field in fields(Speed) if field.default is True]
 BLOCKS = [name for name in EXACT_SWITCHES if name not in ("time_table", "shared_prefix")]
 STABLE_DIFFUSION_LIKE: dict[str, Any] = {
     "block_out_channels": (16, 32, 32),

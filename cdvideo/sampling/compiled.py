@@ -1,0 +1,39 @@
+"""The video UNet as one graph that torch.compile has made: the same sums, fused, and on GPUs replayed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdvideo.errors import UserError
+from cdvideo.motion.video_unet import VideoUNet
+
+MOST_SHAPES = 64  # graphs kept at a time: one for each size, number of frames, of films and of copies
+
+
+def compiled(video_unet: VideoUNet, *, steady: bool) -> Callable[..., Tensor]:
+    """The UNet's call, compiled whole; a part that can not be traced is an error. Each new shape takes minutes.
+
+    Args:
+        steady: whether nothing is carried from call to call; on GPUs the call is then a CUDA graph.
+
+    Raises:
+        UserError: motion modules of AnimateDiff v1, whose norms over films are hooks that come and go within the call.
+    """
+    if video_unet.motion.config.joint_image_norms:
+        raise UserError(
+            "motion modules of AnimateDiff v1 with --compile",
+            allowed="motion modules of v2 and later",
+            do="leave --compile out",
+        )
+    on_gpu = next(video_unet.unet.parameters()).is_cuda
+    mode = "reduce-overhead" if on_gpu and steady else None
+    call = torch.compile(video_unet.__call__, fullgraph=True, dynamic=False, mode=mode, recompile_limit=MOST_SHAPES)
+
+    def call_and_keep(*inputs: Any, **options: Any) -> Tensor:
+        return call(*inputs, **options).clone()  # a CUDA graph writes its next answer to the same place
+
+    return call_and_keep
