@@ -124,3 +124,38 @@ def test_latent_size(tiny_base: Base) -> None:
     assert latent_size(replace(tiny_base, resolution=32), None, 64) == (8, 4)
     with pytest.raises(UserError, match=r"100 x 64[\s\S]*multiples of 8[\s\S]*96 x 64"):
         latent_size(tiny_base, 100, None)
+
+
+class OnDevice(Tensor):
+    """A tensor that may not be looked at, as one on a GPU, which would have to be waited for."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"), name
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "lcm"])
+def test_no_step_waits_for_the_device(name: Any, guidance: float) -> None:
+    scheduler = make_scheduler({**CONFIG, "prediction_type": "v_prediction"}, name, seeds=[1])
+    steps: list[int] = []
+
+    def predict(latents: Tensor, _timestep: Tensor, step: int) -> Tensor:
+        assert isinstance(latents, OnDevice)
+        steps.append(step)
+        return 0.5 * latents
+
+    noise = draw_noise([1], (4, 8, 8))
+    expected = denoise(predict_half, noise, scheduler, steps=4, guidance=guidance)
+    scheduler = make_scheduler({**CONFIG, "prediction_type": "v_prediction"}, name, seeds=[1])
+    found = denoise(predict, noise.as_subclass(OnDevice), scheduler, steps=4, guidance=guidance)
+    assert steps == [0, 1, 2, 3]
+    assert torch.equal(found.as_subclass(Tensor), expected)
+    with pytest.raises(AssertionError, match="item"):
+        found.sum().item()
+
+
+def predict_half(latents: Tensor, _timestep: Tensor, _step: int) -> Tensor:
+    return 0.5 * latents
