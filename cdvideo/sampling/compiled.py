@@ -31,9 +31,10 @@ def compiled(video_unet: VideoUNet, *, steady: bool) -> Callable[..., Tensor]:
         )
     on_gpu = next(video_unet.unet.parameters()).is_cuda
     mode = "reduce-overhead" if on_gpu and steady else None
-    call = torch.compile(video_unet.__call__, fullgraph=True, dynamic=False, mode=mode, recompile_limit=MOST_SHAPES)
+    call = torch.compile(video_unet.__call__, fullgraph=True, dynamic=False, mode=mode)
 
     def call_and_keep(*inputs: Any, **options: Any) -> Tensor:
-        return call(*inputs, **options).clone()  # a CUDA graph writes its next answer to the same place
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            return call(*inputs, **options).clone()  # a CUDA graph writes its next answer to the same place
 
     return call_and_keep

@@ -104,6 +104,14 @@ def test_odd_sizes_are_padded_by_their_edge(tmp_path: Path, height: int, width: 
     assert mean_difference(frames[0], read[0][:height, :width]) < 4
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_odd_sizes_stay_where_the_format_has_them(tmp_path: Path, suffix: str) -> None:
+    frames = make_frames(height=63, width=95)
+    write_video(frames, tmp_path / f"film.{suffix}", fps=8, metadata={})
+    read = read_with_pillow(tmp_path / f"film.{suffix}")
+    assert read[5].shape == (63, 95, 3) and mean_difference(read[5], frames[5]) < 4
+
+
 def test_pad_to_even() -> None:
     frame = np.arange(5 * 3 * 3, dtype=np.uint8).reshape(5, 3, 3)
     padded = pad_to_even(frame)
