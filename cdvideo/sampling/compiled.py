@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from cdvideo.errors import UserError
 from cdvideo.motion.video_unet import VideoUNet
+from cdvideo.sampling.keyframes import Curve
 
 MOST_SHAPES = 64  # graphs kept at a time: one for each size, number of frames, of films and of copies
 
 
-def compiled(video_unet: VideoUNet, *, steady: bool) -> Callable[..., Tensor]:
+def compiled(video_unet: VideoUNet, moves: Sequence[Curve], *, steady: bool) -> Callable[..., Tensor]:
     """The UNet's call, compiled whole; a part that can not be traced is an error. Each new shape takes minutes.
 
     Args:
+        moves: motion strength of each film.
         steady: whether nothing is carried from call to call; on GPUs the call is then a CUDA graph.
 
     Raises:
-        UserError: motion modules of AnimateDiff v1, whose norms over films are hooks that come and go within the call.
+        UserError: motion strength, or motion modules of AnimateDiff v1: both are hooks that come and go within a film.
     """
-    if video_unet.motion.config.joint_image_norms:
+    v1 = video_unet.motion.config.joint_image_norms
+    if v1 or not all(move.is_always(1) for move in moves):
         raise UserError(
-            "motion modules of AnimateDiff v1 with --compile",
-            allowed="motion modules of v2 and later",
+            f"{'motion modules of AnimateDiff v1' if v1 else 'motion strength'} with --compile",
+            allowed="motion modules of v2 and later, at strength 1",
             do="leave --compile out",
         )
     on_gpu = next(video_unet.unet.parameters()).is_cuda
@@ -34,7 +37,8 @@ def compiled(video_unet: VideoUNet, *, steady: bool) -> Callable[..., Tensor]:
     call = torch.compile(video_unet.__call__, fullgraph=True, dynamic=False, mode=mode)
 
     def call_and_keep(*inputs: Any, **options: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        # Hooks are looked at before a graph is taken again, which torch leaves out by itself.
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, skip_nnmodule_hook_guards=False):
             return call(*inputs, **options).clone()  # a CUDA graph writes its next answer to the same place
 
     return call_and_keep

@@ -32,7 +32,7 @@ def animate_parser() -> ArgumentParser:
     parser.add_argument("--scheduler", choices=["auto", "ddim", "dpm++", "euler", "lcm"], help="the sampler (auto)")
     parser.add_argument("--speed", choices=["exact", "balanced", "fast"], help="what may differ to be faster (exact)")
     parser.add_argument("--compare", action="store_true", help="also make the exact film, and tell the distance to it")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet first: minutes, for many films")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet first, for GPUs: takes minutes")
     parser.add_argument("--num-videos", type=int, metavar="N", help="films with seed, seed + 1, ... (1)")
     parser.add_argument("--batch", type=int, metavar="N", help="films that go through the model at once (1)")
     parser.add_argument("--still", action="store_true", help="a picture instead of a film")

@@ -215,7 +215,7 @@ def _window_model(
     varies = any(each.varies for each in prompts)
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
     deep: dict[tuple[Window, bool], DeepFeature] = {}
-    walk = compiled(video_unet, steady=speed.deep_every == 1) if speed.compiled else video_unet
+    walk = compiled(video_unet, moves, steady=speed.deep_every == 1) if speed.compiled else video_unet
 
     def predict_at(shown: Window) -> Predict:
         def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
@@ -248,9 +248,11 @@ def _window_model(
         tuned(base.unet, _folded_concept(films)),
         reading(base.unet, steady),
     ):
-        # A graph does not know the step, and has the projections of the time fused.
-        tabulated = speed.time_table and not (base.is_sdxl or speed.compiled)
-        table = TimeTable(base.unet, timesteps_T) if tabulated else None
+        table = None
+        if speed.compiled:  # a graph fuses by itself, and of blocks prepared for one film it would be made for each
+            yield predict_at
+            return
+        table = TimeTable(base.unet, timesteps_T) if speed.time_table and not base.is_sdxl else None
         with prepared(base.unet, video_unet.motion, speed, table=table):
             yield predict_at
 

@@ -36,14 +36,13 @@ def latents(base: Base, motion: MotionModules, film: Film, settings: FilmSetting
     return found
 
 
-FILMS: dict[str, tuple[Film, dict[str, Any]]] = {
-    "plain": (Film(prompt="a dog", seed=1), {}),
-    "unguided": (Film(prompt="a dog", seed=1), {"guidance": 1.0}),
-    "in windows": (Film(prompt="a dog", seed=1), {"frames": 4, "windows": Windows(size=3, overlap=1)}),
-    "travelling": (Film(prompt={0: "a dog", 1: "a cat"}, seed=1), {}),
-    "motion": (Film(prompt="a dog", seed=1, control=Control(motion_strength="0: 0.5 | 1: 1.2")), {}),
-    "deep": (Film(prompt="a dog", seed=1), {"steps": 3, "speed": Speed(deep_every=2)}),
-    "guided in part": (Film(prompt="a dog", seed=1), {"speed": Speed(guided_until=0.5)}),
+FILMS: dict[str, tuple[int, Film, dict[str, Any]]] = {  # with the graphs that it takes
+    "plain": (1, Film(prompt="a dog", seed=1), {}),
+    "unguided": (1, Film(prompt="a dog", seed=1), {"guidance": 1.0}),
+    "in windows": (1, Film(prompt="a dog", seed=1), {"frames": 4, "windows": Windows(size=3, overlap=1)}),
+    "travelling": (1, Film(prompt={0: "a dog", 1: "a cat"}, seed=1), {}),
+    "deep": (2, Film(prompt="a dog", seed=1), {"steps": 3, "speed": Speed(deep_every=2)}),
+    "guided in part": (2, Film(prompt="a dog", seed=1), {"speed": Speed(guided_until=0.5)}),
 }
 
 
@@ -51,11 +50,11 @@ FILMS: dict[str, tuple[Film, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FILMS)
 def test_every_kind_of_film_is_traced_whole(tiny_base: Base, tiny_motion: MotionModules, name: str) -> None:
     """Without a single break, which would be an error here."""
-    film, options = FILMS[name]
+    graphs, film, options = FILMS[name]
     settings = replace(QUICK, **options)
     expected = latents(tiny_base, tiny_motion, film, settings)
     found = latents(tiny_base, tiny_motion, film, replace(settings, speed=replace(settings.speed, compiled=True)))
-    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert (found - expected).abs().max() <= 1e-4
 
 
@@ -81,7 +80,24 @@ def test_compiled_films_are_the_exact_ones(tiny_base: Base, tiny_motion: MotionM
     assert 0 < difference <= 1e-4
 
 
-def test_norms_over_whole_films_are_refused(tiny_base: Base) -> None:
-    motion = MotionModules.for_unet(tiny_base.unet, motion_num_attention_heads=2, joint_image_norms=True).eval()
-    with pytest.raises(UserError, match=r"AnimateDiff v1 with --compile[\s\S]*leave --compile out"):
-        latents(tiny_base, motion, Film(prompt="a dog", seed=1), replace(QUICK, speed=COMPILED))
+@pytest.mark.usefixtures("traced")
+def test_a_hook_is_not_passed_by(tiny_base: Base, tiny_motion: MotionModules) -> None:
+    """torch would take the graph that it made before there was one."""
+    film, settings = Film(prompt="a dog", seed=1), replace(QUICK, speed=COMPILED)
+    before = latents(tiny_base, tiny_motion, film, settings)
+    module = tiny_motion.down_blocks[0].motion_modules[0]
+    hook = module.register_forward_hook(lambda _module, inputs, _moved: inputs[0])
+    hooked = latents(tiny_base, tiny_motion, film, settings)
+    assert (hooked - latents(tiny_base, tiny_motion, film, QUICK)).abs().max() <= 1e-4
+    hook.remove()
+    assert (hooked - before).abs().max() > 1e-3
+
+
+def test_what_comes_and_goes_within_a_film_is_refused(tiny_base: Base, tiny_motion: MotionModules) -> None:
+    settings = replace(QUICK, speed=COMPILED)
+    moving = Film(prompt="a dog", seed=1, control=Control(motion_strength="0: 0.5 | 1: 1"))
+    with pytest.raises(UserError, match=r"motion strength with --compile[\s\S]*leave --compile out"):
+        latents(tiny_base, tiny_motion, moving, settings)
+    joint = MotionModules.for_unet(tiny_base.unet, motion_num_attention_heads=2, joint_image_norms=True).eval()
+    with pytest.raises(UserError, match="AnimateDiff v1 with --compile"):
+        latents(tiny_base, joint, Film(prompt="a dog", seed=1), settings)
