@@ -46,8 +46,8 @@ class AnimateConfig:
     compare: bool = False
     """Also makes the exact film, and prints how far this one is from it."""
     compile: bool = False
-    """Compile the UNet by torch.compile before the first step, in place of the sampler's own blocks. It takes minutes for
-    each size and length. For GPUs: on CPUs the sampler's own blocks are what fuses."""
+    """Compile the UNet by torch.compile before the first step, in place of the sampler's own blocks. It takes minutes
+    for each size and length. For GPUs: on CPUs the sampler's own blocks are what fuses."""
     seed: int = 0
     """Seed of the first film; the next ones have seed + 1, seed + 2, ..."""
     num_videos: int = 1

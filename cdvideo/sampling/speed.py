@@ -27,7 +27,7 @@ class Speed:
     winograd: bool = True
     """Exact: on CPUs in float32 the 3x3 convolutions of wide layers, the VAE's too, with a quarter of the products."""
     compiled: bool = False
-    """Exact, in every preset but asked for apart: the UNet is compiled as one graph (sampling/compiled.py)."""
+    """Exact: the UNet is one compiled graph, in place of all above but the prefix; asked for apart (--compile)."""
 
     stride: float = 0.0
     """Approximate: after step k the model is asked again `stride` * k steps later (the first steps decide on the
