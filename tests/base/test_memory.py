@@ -154,7 +154,7 @@ def test_where_there_is_room_nothing_is_reckoned(tiny_base_folder: Path) -> None
 
 
 def test_the_meter_sees_every_storage_once() -> None:
-    linear = nn.Linear(8, 8)
+    linear = nn.Linear(8, 8).requires_grad_(False)
     with Meter() as meter:
         out = linear(torch.zeros(2, 8))
         assert meter.live == out.nbytes, "and not the weight's, which it was multiplied by as a view"
