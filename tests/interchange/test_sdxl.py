@@ -158,6 +158,7 @@ def test_kohya_with_every_layer_it_trains(
     assert (draw(concept) - draw(None)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["lora", "kv"])
 @pytest.mark.parametrize("writer", [write_kohya, write_diffusers])
 def test_diffusers_draws_what_we_draw(
     tiny_sdxl: Base,
@@ -165,11 +166,13 @@ def test_diffusers_draws_what_we_draw(
     draw: Callable[..., Tensor],
     pipeline: StableDiffusionXLPipeline,
     writer: Callable[[Export], None],
+    kind: str,
 ) -> None:
-    """The LoRA of UNet and both text encoders, and the token's two rows in both."""
-    concept = with_text(
-        tiny_sdxl, learned(tiny_sdxl, {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ("to_k", "to_out.0")})
-    )
+    """The LoRA of UNet and both text encoders, or K and V; and the token's two rows in both."""
+    concept = learned(tiny_sdxl, {"kind": "kv"})
+    if kind == "lora":
+        lora = {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ("to_k", "to_out.0")}
+        concept = with_text(tiny_sdxl, learned(tiny_sdxl, lora))
     writer(Export(tiny_sdxl, concept, tmp_path, "pytorch_lora_weights", None, lambda _line: None))
     plain = draw_with(pipeline)
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
@@ -252,8 +255,8 @@ def test_text_weights_of_stable_diffusion_1_fit_in_size_and_are_refused(
 ) -> None:
     """SDXL's first text encoder is Stable Diffusion 1's, layer by layer; only the names tell them apart."""
     first, second = TEXT_ALONE[kind]
-    width, rank = WIDTHS[0], 2 if kind != "LyCORIS" else WIDTHS[0]
-    pair = {first: random(rank, width), f"{first.partition('q_proj.')[0]}q_proj.{second}": random(width, rank)}
+    width = WIDTHS[0]
+    pair = {first: random(2, width), f"{first.partition('q_proj.')[0]}q_proj.{second}": random(width, 2)}
     if kind == "LyCORIS":  # a Kronecker product with one number
         pair = dict(zip(pair, (random(width, width), random(1, 1)), strict=True))
     path = tmp_path / "text.safetensors"
