@@ -46,6 +46,7 @@ REQUIRED = {
 OPTIONAL = {
     "opencv-python-headless": ("4.10", "eval", "optical flow in scripts/evaluate.py"),
     "matplotlib": ("3.9", "eval", "plots of the study"),
+    "bitsandbytes": ("0.45", "gpu", "optim.optimizer=adamw8bit, on CUDA alone"),
 }
 
 
@@ -120,9 +121,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def devices() -> Iterator[Finding]:
-    """CPU and GPUs with their memory."""
+    """CPU and GPUs with their memory, and which of them is taken."""
     import torch
 
+    from cdvideo.device import pick_device, pick_dtype
+
+    auto = pick_device("auto")
+    dtype = str(pick_dtype("auto", auto)).removeprefix("torch.")
+    yield Finding("devices", "auto", "ok", f"without --device and --dtype: {auto}, {dtype}")
     yield tried("devices", "cpu", _cpu, mend="pip install accelerate psutil")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

@@ -28,6 +28,7 @@ def test_everything_that_the_tests_need_is_in_order(findings: dict[str, Finding]
     for name in ("torch", "cpu", "SDPA cpu float32", "SDPA cpu bfloat16", "mp4", "gif", "webp", "embedded base"):
         assert findings[name].state == "ok"
     assert findings["torch"].detail == torch.__version__
+    assert re.fullmatch(r"without --device and --dtype: (cpu, float32|cuda:0, b?float16)", findings["auto"].detail)
     assert re.search(r"\d+ cores, [\d.]+ GB memory, [\d.]+ GB free", findings["cpu"].detail)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cdvideo.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
+PIECE = 2**27  # bytes of a file that are in memory at once while its tensors are cast; one tensor may be more
 
 
 class _Inert:
@@ -30,10 +31,14 @@ _STAND_INS: list[Any] = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.
 _HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict]  # in which textual inversion first kept its rows
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, dtype_of: Callable[[str], torch.dtype] | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name; as `read_content`.
 
     Entries that are no tensors (step counts, configs) are left out.
+
+    Args:
+        dtype_of: The type that a tensor of floating point is cast to, by its name; None leaves all as they are. Those
+            of another type are copied, and are never in memory together with what they were copied from.
 
     Raises:
         UserError: no such file, another kind of file, a damaged one, or a pickle of more than tensors.
@@ -44,13 +49,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             allowed=f"a file that ends in {', '.join(SUFFIXES)}",
             do="check the path",
         )
-    content, _ = read_content(path)
-    tensors = {}
-    if isinstance(content, Mapping):
-        tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = _named_tensors(path)
     if not tensors:
         raise UserError(f"{path} holds no tensors", allowed="a file of named weights", do="choose another file")
+    if dtype_of is not None:
+        _cast(path, tensors, dtype_of)
     return tensors
+
+
+def _named_tensors(path: Path) -> dict[str, Tensor]:
+    content, _ = read_content(path)
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _cast(path: Path, tensors: dict[str, Tensor], dtype_of: Callable[[str], torch.dtype]) -> None:
+    """In place, piece by piece. What is read of a mapped file stays in memory as long as any of its tensors does, so
+    each piece is cast out of a mapping of its own, which goes with it."""
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype_of(name):
+            if size + tensor.nbytes > PIECE and pieces[-1]:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(name)
+            size += tensor.nbytes
+    for names in pieces:
+        piece = _named_tensors(path) if _is_mapped(path) else tensors
+        for name in names:
+            tensors[name] = piece[name].to(dtype_of(name))
 
 
 def read_content(path: Path) -> tuple[Any, dict[str, str]]:
@@ -87,6 +116,11 @@ def _is_pickle(path: Path) -> bool:
     return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
 
 
+def _is_mapped(path: Path) -> bool:
+    """Pickled files from before torch 1.6 are no zip archives, and can not be mapped."""
+    return not _is_pickle(path) or zipfile.is_zipfile(path)
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -99,8 +133,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            # Files from before torch 1.6 are no zip archives, and can not be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:

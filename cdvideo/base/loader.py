@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cdvideo.base.checkpoint import read_tensors
 from cdvideo.base.latents import Vae, vae_dtype
 from cdvideo.base.single_file import BaseParts, check_added_inputs, read_single_file
 from cdvideo.errors import UserError
@@ -50,6 +52,11 @@ HUB_FILES = (
         for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")
     ),
 )
+
+
+# The VAE's attention as folders of Stable Diffusion 1 name it, from before diffusers had one class for all attentions.
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_OLD_ATTENTION = re.compile("|".join(map(re.escape, _OLD_NAMES)))
 
 
 @dataclass
@@ -152,7 +159,7 @@ def load_base(
 
 
 def _check_folder(path: Path, name: str) -> None:
-    parts = (*PARTS, *SECOND_TEXT_PARTS) if _is_sdxl_folder(path) else PARTS
+    parts = (*PARTS, *SECOND_TEXT_PARTS) if is_sdxl_folder(path) else PARTS
     for part in parts:
         if not (path / part).is_dir():
             raise UserError(
@@ -162,29 +169,31 @@ def _check_folder(path: Path, name: str) -> None:
             )
 
 
-def _is_sdxl_folder(path: Path) -> bool:
+def is_sdxl_folder(path: Path) -> bool:
     """Whether the UNet also reads a pooled text and sizes, as its config says."""
     config = path / "unet" / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("addition_embed_type") == "text_time"
 
 
 def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
-    vae_config = json.loads((path / "vae" / "config.json").read_text())
-    vae_class = AutoencoderTiny if vae_config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    options: dict[str, Any] = {"torch_dtype": dtype, "output_loading_info": True}
-    unet, unet_info = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **options)
-    vae, vae_info = vae_class.from_pretrained(path, subfolder="vae", **options)
-    modules = {"UNet": unet, "VAE": vae, "text encoder": load_text_encoder(path / "text_encoder", dtype=dtype)}
-    for part, info in (("UNet", unet_info), ("VAE", vae_info)):
-        _check_all_matched(part, info, path)
-    second: dict[str, Any] = {}
-    if _is_sdxl_folder(path):
-        second = _read_second_text(path, unet, dtype)
+    is_sdxl = is_sdxl_folder(path)
+    # First the text encoders, which are read whole before they are cast: by then little else is in memory.
+    text_encoder = load_text_encoder(path / "text_encoder", dtype=dtype)
+    second = _read_second_text(path, dtype) if is_sdxl else {}
+    vae_class = json.loads((path / "vae" / "config.json").read_text())["_class_name"]
+    vae = _empty(path, "vae", AutoencoderTiny if vae_class == "AutoencoderTiny" else AutoencoderKL)
+    _fill(vae, path, "vae", vae_dtype(vae, dtype, is_sdxl=is_sdxl))
+    unet = _empty(path, "unet", UNet2DConditionModel)
+    if second:
+        check_added_inputs(unet, second["text_encoder_2"].config.projection_dim, path.name)
+    _fill(unet, path, "unet", dtype)
+    modules = {"UNet": unet, "VAE": vae, "text encoder": text_encoder}
+    if second:
         modules["second text encoder"] = second["text_encoder_2"]
     return BaseParts(
         unet=unet,
         vae=vae,
-        text_encoder=modules["text encoder"],
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
         # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would.
         scheduler_config={"clip_sample": False, **DDIMScheduler.load_config(path, subfolder="scheduler")},
@@ -194,10 +203,31 @@ def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
     )
 
 
-def _read_second_text(path: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
-    """What a folder of SDXL has beside the parts of all: fields of BaseParts. Raises UserError for SDXL's refiner."""
+def _empty(path: Path, part: str, kind: Any) -> Any:
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(path, subfolder=part))
+
+
+def _fill(module: nn.Module, path: Path, part: str, dtype: torch.dtype) -> None:
+    """Gives an empty module the weights of its folder; not `from_pretrained`, which has them twice when it casts."""
+    given: dict[str, Tensor] = {}
+    for file in _weight_files(path / part):
+        for name, tensor in read_tensors(file, dtype_of=lambda _: dtype).items():
+            given[_OLD_ATTENTION.sub(lambda found: _OLD_NAMES[found[0]], name)] = tensor
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    shared = wanted.keys() & given.keys()
+    info = {
+        "missing_keys": wanted.keys() - shared,
+        "unexpected_keys": given.keys() - shared,
+        "mismatched_keys": {name for name in shared if given[name].shape != wanted[name]},
+    }
+    _check_all_matched({"unet": "UNet", "vae": "VAE"}[part], info, path)
+    module.load_state_dict(given, assign=True)
+
+
+def _read_second_text(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What a folder of SDXL has beside the parts of all: fields of BaseParts."""
     encoder = load_text_encoder(path / "text_encoder_2", dtype=dtype, kind=CLIPTextModelWithProjection)
-    check_added_inputs(unet, encoder.config.projection_dim, path.name)
     index = path / "model_index.json"
     said = json.loads(index.read_text()) if index.is_file() else {}
     return {
@@ -259,24 +289,29 @@ def weights_hash(path: Path) -> str:
     Of a single file it is the SHA-256 of its bytes, whose first digits the web interfaces show as the model's hash.
 
     Raises:
-        UserError: a part has no safetensors weights.
+        UserError: as `_weight_files`.
     """
     digest = hashlib.sha256()
     if path.is_file():
         _digest_file(digest, path)
         return digest.hexdigest()[:16]
-    for part in (*HASHED_PARTS, *(["text_encoder_2"] if _is_sdxl_folder(path) else [])):
-        files = sorted(file for pattern in _WEIGHTS for file in (path / part).glob(pattern))
-        if not files:
-            raise UserError(
-                f"{path / part} holds no .safetensors weights",
-                allowed="weights in safetensors files (no pickle, no variant), named as diffusers names them",
-                do="convert the base to safetensors, or give another --base",
-            )
-        for file in files:
+    for part in (*HASHED_PARTS, *(["text_encoder_2"] if is_sdxl_folder(path) else [])):
+        for file in _weight_files(path / part):
             digest.update(f"{part}/{file.name}".encode())
             _digest_file(digest, file)
     return digest.hexdigest()[:16]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file, or its shards. Raises UserError where there are no safetensors weights."""
+    files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    if not files:
+        raise UserError(
+            f"{folder} holds no .safetensors weights",
+            allowed="weights in safetensors files (no pickle, no variant), named as diffusers names them",
+            do="convert the base to safetensors, or give another --base",
+        )
+    return files
 
 
 def _digest_file(digest: hashlib._Hash, file: Path) -> None:

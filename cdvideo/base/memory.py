@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -24,11 +23,22 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_tensors
-from cdvideo.base.ldm import CLIP, OPEN_CLIP, SCHEDULER, UNET, VAE, count, unet_config, vae_config
-from cdvideo.base.loader import PARTS, Base, find_base
+from cdvideo.base.ldm import (
+    CLIP,
+    OPEN_CLIP,
+    SCHEDULER,
+    UNET,
+    VAE,
+    XL_CLIP,
+    XL_OPEN_CLIP,
+    count,
+    unet_config,
+    vae_config,
+)
+from cdvideo.base.loader import Base, find_base, is_sdxl_folder
 from cdvideo.base.single_file import load_clip_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,8 +62,12 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        # A view of a weight lies where the weight does, which was there before.
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -102,22 +116,13 @@ def base_from_configs(name: str, *, dtype: torch.dtype) -> Base | None:
         name: As in `load_base`.
 
     Returns:
-        None where it is of a kind that can not be reckoned with (SDXL), or not whole, which `load_base` will tell.
+        None where it is not whole, which `load_base` will tell.
     """
     path = find_base(name)
-    if path.is_dir():
-        whole = all((path / part / "config.json").is_file() for part in PARTS[:3])
-        if not whole or (path / "text_encoder_2").is_dir():
-            return None
-        shapes = {part: json.loads((path / part / "config.json").read_text()) for part in PARTS[:3]}
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-        scheduler = dict(DDIMScheduler.load_config(path, subfolder="scheduler"))
-    else:
-        tensors = read_tensors(path)  # mapped, not read
-        if not all(any(name.startswith(part) for name in tensors) for part in (UNET, VAE, (CLIP, OPEN_CLIP))):
-            return None
-        shapes = {"unet": unet_config(tensors), "vae": vae_config(tensors), "text_encoder": _text_shape(tensors)}
-        tokenizer, scheduler = load_clip_tokenizer(pad_token="<|endoftext|>"), {**SCHEDULER}
+    outline = _folder_outline(path) if path.is_dir() else _file_outline(path)
+    if outline is None:
+        return None
+    shapes, tokenizers, scheduler = outline
     tiny = shapes["vae"].get("_class_name") == "AutoencoderTiny"
     if tiny:  # it writes this into its config, and warns of it when it reads it
         shapes["vae"].pop("block_out_channels", None)
@@ -125,6 +130,8 @@ def base_from_configs(name: str, *, dtype: torch.dtype) -> Base | None:
         unet = UNet2DConditionModel.from_config(shapes["unet"])
         vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(shapes["vae"])
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(shapes["text_encoder"]))
+        second = shapes.get("text_encoder_2")
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second)) if second else None
     base = Base(
         name=name,
         path=path,
@@ -132,36 +139,68 @@ def base_from_configs(name: str, *, dtype: torch.dtype) -> Base | None:
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers[0],
         scheduler_config={"prediction_type": "epsilon", **scheduler},
         resolution=int(unet.config.sample_size) * 2 ** (len(vae.config.block_out_channels) - 1),
         device=META,
         dtype=dtype,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizers[1] if text_encoder_2 else None,
+        zero_empty_prompt=text_encoder_2 is not None,
     )
-    for module in (unet, vae, text_encoder):
+    for module in base.modules:
         module.eval().requires_grad_(False)
     return base.to(META, dtype)
 
 
-def _text_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Close enough to count the text encoder's bytes, from its table of tokens and its layers."""
-    (table,) = (tensor for name, tensor in tensors.items() if name.endswith("token_embedding.weight"))
-    vocabulary, width = table.shape
-    layers = count(tensors, rf"{re.escape(CLIP)}.*\.layers\.(\d+)\.") + count(
-        tensors, rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\."
-    )
+# Configs of the parts, the tokenizers, the scheduler's config.
+Outline: TypeAlias = tuple[dict[str, dict[str, Any]], list[CLIPTokenizer], dict[str, Any]]
+
+
+def _folder_outline(path: Path) -> Outline | None:
+    numbers = ("", "_2") if is_sdxl_folder(path) else ("",)
+    parts = ["unet", "vae", *(f"text_encoder{number}" for number in numbers)]
+    if not all((path / part / "config.json").is_file() for part in parts):
+        return None
+    shapes = {part: json.loads((path / part / "config.json").read_text()) for part in parts}
+    tokenizers = [CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{number}") for number in numbers]
+    return shapes, tokenizers, dict(DDIMScheduler.load_config(path, subfolder="scheduler"))
+
+
+def _file_outline(path: Path) -> Outline | None:
+    tensors = read_tensors(path)  # mapped, not read
+    found = [
+        prefix for prefix in (CLIP, OPEN_CLIP, XL_CLIP, XL_OPEN_CLIP) if any(n.startswith(prefix) for n in tensors)
+    ]
+    is_whole = found in ([CLIP], [OPEN_CLIP], [XL_CLIP, XL_OPEN_CLIP])
+    if not is_whole or not all(any(n.startswith(part) for n in tensors) for part in (UNET, VAE)):
+        return None
+    # Of Stable Diffusion 2 there are models for 512 pixels and for 768; which it is, only a trial tells.
+    cells = {CLIP: 64, OPEN_CLIP: 96, XL_CLIP: 128}[found[0]]
+    shapes = {"unet": {**unet_config(tensors), "sample_size": cells}, "vae": vae_config(tensors)}
+    for part, prefix in zip(("text_encoder", "text_encoder_2"), found, strict=False):
+        shapes[part] = _text_shape(tensors, prefix)
+    return shapes, [load_clip_tokenizer(pad_token="!") for _ in found], {**SCHEDULER}
+
+
+def _text_shape(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Close enough to count a text encoder's bytes, from its table of tokens and its layers."""
+    own = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    ((vocabulary, width),) = (shape for name, shape in own.items() if name.endswith("token_embedding.weight"))
+    layers = count(own, r".*(?:layers|resblocks)\.(\d+)\.")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": layers - (prefix == OPEN_CLIP),  # Stable Diffusion 2 reads the last layer but one
         "num_attention_heads": width // 64,
+        "projection_dim": own.get("text_projection", own.get("text_projection.weight", [width]))[-1],
     }
 
 
 def _bytes_on_disk(path: Path) -> int:
     """Of a base's file, or of its folder's weights."""
-    files = [path] if path.is_file() else [file for part in PARTS for file in (path / part).glob("*.safetensors")]
+    files = [path] if path.is_file() else [*path.glob("*/*.safetensors")]
     return sum(file.stat().st_size for file in files)
 
 

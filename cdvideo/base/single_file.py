@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_metadata, read_tensors
-from cdvideo.base.latents import Vae
+from cdvideo.base.latents import Vae, vae_dtype
 from cdvideo.base.ldm import (
     CLIP,
     OPEN_CLIP,
@@ -84,7 +84,11 @@ def read_single_file(path: Path, *, dtype: torch.dtype = torch.float32) -> BaseP
     Raises:
         UserError: another kind of model, by name; a part that is missing, or a key that has no place.
     """
-    return base_from_tensors(read_tensors(path), path, dtype)
+    is_xl = any(name.startswith(XL_CLIP) for name in read_tensors(path))
+    of_vae = torch.float32 if is_xl else dtype  # SDXL's gets its own type when its config is known
+    return base_from_tensors(
+        read_tensors(path, dtype_of=lambda name: of_vae if name.startswith(VAE) else dtype), path, dtype
+    )
 
 
 def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> BaseParts:
@@ -109,7 +113,8 @@ def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype
     with init_empty_weights():
         unet, vae = UNet2DConditionModel(**unet_shape), AutoencoderKL(**vae_shape)
         encoders = {name: kind(CLIPTextConfig(**shape)) for name, (kind, shape, _) in texts.items()}
-    matched = {"UNet": _fill(unet, unet_weights, dtype, path), "VAE": _fill(vae, vae_weights, dtype, path)}
+    of_vae = vae_dtype(vae, dtype, is_sdxl=family == "XL")
+    matched = {"UNet": _fill(unet, unet_weights, dtype, path), "VAE": _fill(vae, vae_weights, of_vae, path)}
     matched |= {name: _fill(encoders[name], weights, dtype, path) for name, (*_, weights) in texts.items()}
 
     text_encoder, *second = encoders.values()

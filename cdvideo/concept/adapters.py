@@ -123,8 +123,11 @@ def text_models(base: Base) -> dict[str, nn.Module]:
 
 def squared_change(unet: UNet2DConditionModel, concept: Concept) -> Tensor:
     """`anchor_loss` of the concept: its change beside the weights that it changes; 0 where it changes none."""
-    changes, parameters = parameter_changes(unet, concept), dict(unet.named_parameters())
-    return anchor_loss([*changes.values()], [parameters[name] for name in changes]) if changes else torch.zeros(())
+    if not any(name.startswith("unet.") for name in concept.weights):
+        return torch.zeros(())
+    parameters = dict(unet.named_parameters())
+    # One by one: together a LoRA's changes are as large as all the weights that it changes.
+    return anchor_loss((change, parameters[name]) for name, change in _each_change(unet, concept, "unet."))
 
 
 def unfit_weights(base: Base, concept: Concept) -> list[str]:
@@ -171,17 +174,20 @@ def _split(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _changes(model: nn.Module, concept: Concept, prefix: str) -> dict[str, Tensor]:
+    return dict(_each_change(model, concept, prefix))
+
+
+def _each_change(model: nn.Module, concept: Concept, prefix: str) -> Iterator[tuple[str, Tensor]]:
     weights = {name: tensor for name, tensor in concept.weights.items() if name.startswith(prefix)}
+    parameters = dict(model.named_parameters())
     if concept.metadata.adapter != "lora":
-        names = {delta_name(name, prefix): name for name, _ in model.named_parameters()}
-        return {names[name]: delta for name, delta in weights.items()}
+        names = {delta_name(name, prefix): name for name in parameters}
+        yield from ((names[name], delta) for name, delta in weights.items())
+        return
     alpha = float(concept.metadata.adapter_settings["alpha"])
-    changes, parameters = {}, dict(model.named_parameters())
     for layer in sorted(lora_paths(weights)):
         name = f"{layer.removeprefix(prefix)}.weight"
-        weight = parameters[name]
-        changes[name] = merged_weight(weight, weights, layer, alpha=alpha) - weight.float()
-    return changes
+        yield name, merged_weight(parameters[name], weights, layer, alpha=alpha) - parameters[name].float()
 
 
 def _sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +87,19 @@ def background_loss(prediction_BCHW: Tensor, base_prediction_BCHW: Tensor, aroun
     return ((error_B1HW * around_B1HW).sum(dim=(1, 2, 3)) / around_B1HW.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
 
 
-def anchor_loss(changes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def anchor_loss(changes: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The squared norm of the changes of all weights, relative to that of the base's own weights.
 
     Preserve & Personalize (ICLR 2026) penalises |theta - theta_0|^2 in place of prior pictures; divided by
     |theta_0|^2 one weight serves adapters of every kind and size.
+
+    Args:
+        changes: Each with the weight that it changes.
     """
-    change = torch.stack([tensor.float().square().sum() for tensor in changes]).sum()
-    return change / torch.stack([tensor.detach().float().square().sum() for tensor in weights]).sum()
+    squares_N2 = torch.stack(
+        [
+            torch.stack([change.float().square().sum(), weight.detach().float().square().sum()])
+            for change, weight in changes
+        ]
+    )
+    return squares_N2[:, 0].sum() / squares_N2[:, 1].sum()

@@ -76,8 +76,9 @@ def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str
         kohya |= {sdxl.kohya_name(name): name for name in layers}
     tensors = foreign.tensors
     keys: dict[str, dict[str, str]] = {}
-    lost = []
-    for key in tensors:
+    family = sdxl.made_for(tensors)
+    lost = [] if sdxl.fits_family(family, base) else [*tensors]  # though a text encoder may have the same sizes
+    for key in [] if lost else tensors:
         name, part = _kohya_place(key, kohya) if foreign.kind == KOHYA else _peft_place(key, layers)
         if name is None or part is None:
             lost.append(key)
@@ -94,7 +95,6 @@ def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str
             alpha = float(parts["alpha"]) if "alpha" in parts else _peft_alpha(name, layer.rank, settings)
             read[name] = replace(layer, alpha=alpha)
     if lost:
-        family = sdxl.made_for(tensors)
         raise UserError(
             f"{foreign.path}: matched {len(tensors) - len(lost)}/{len(tensors)} tensors of base "
             f"{base.name!r}; no place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),

@@ -55,8 +55,10 @@ def read_lycoris(foreign: Foreign, base: Base) -> dict[str, Tensor]:
     for key in foreign.tensors:
         stem, _, part = key.partition(".")
         layers.setdefault(re.sub("^lora_te1_", "lora_te_", stem), {})[part] = key
-    tensors, changes, lost = foreign.tensors, dict[str, Tensor](), list[str]()
-    for stem, keys in layers.items():
+    tensors, changes = foreign.tensors, dict[str, Tensor]()
+    family = sdxl.made_for(tensors)
+    lost = [] if sdxl.fits_family(family, base) else [*tensors]
+    for stem, keys in () if lost else layers.items():
         parts = {part: tensors[key].float().to(base.device) for part, key in keys.items()}
         prefix, path, layer = places.get(stem, ("", "", nn.Module()))
         form = next((form for part, form in _FORMS.items() if part in parts), None)
@@ -69,7 +71,7 @@ def read_lycoris(foreign: Foreign, base: Base) -> dict[str, Tensor]:
     if lost:
         raise UserError(
             f"{foreign.path}: matched {len(tensors) - len(lost)}/{len(tensors)} tensors of base {base.name!r}; no "
-            f"place for {lost[0]}",
+            f"place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),
             allowed=f"{', '.join(_PARTS)} of LyCORIS, for layers that the base has, in its sizes",
             do="use the --base that the file was made for",
         )

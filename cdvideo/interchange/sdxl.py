@@ -17,7 +17,8 @@ from cdvideo.base.prompts import split_rows
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 ROWS = ("clip_l", "clip_g")  # how web UIs call the rows of the first and of the second text encoder
-_KEYS = ("lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
+_KEYS = ("lora_te1_", "lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
+_ONE_TEXT = re.compile(r"lora_te_|text_encoder\.|(base_model\.model\.)?text_model\.")  # of a base that has one encoder
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that K and V read
 _READS_TEXT = re.compile(r"attn2[._](processor\.)?to_[kv].*(down|lora_A)\.weight")
 
@@ -67,11 +68,23 @@ def kohya_name(name: str) -> str:
 
 
 def made_for(tensors: Mapping[str, Tensor]) -> str | None:
-    """The family of bases that a LoRA's keys and sizes are of, where they tell it."""
+    """The family of bases that a LoRA's keys and sizes are of, where they tell it.
+
+    SDXL's first text encoder has the sizes of Stable Diffusion 1's, so the names have to tell: kohya writes lora_te1_
+    for one and lora_te_ for the other; and whoever trains SDXL's text encoders trains both, or the UNet with them.
+    """
     if any(key.startswith(_KEYS) for key in tensors):
         return "SDXL"
     widths = {tensor.shape[1] for key, tensor in tensors.items() if tensor.ndim == 2 and _READS_TEXT.search(key)}
-    return next((_WIDTHS[width] for width in widths if width in _WIDTHS), None)
+    if found := next((_WIDTHS[width] for width in widths if width in _WIDTHS), None):
+        return found
+    is_old = any(key.startswith("lora_te_") for key in tensors) or all(map(_ONE_TEXT.match, tensors))
+    return "Stable Diffusion 1 or 2" if is_old else None
+
+
+def fits_family(family: str | None, base: Base) -> bool:
+    """Whether a file of this family may be for the base; where the file does not tell, it may."""
+    return family is None or (family == "SDXL") == base.is_sdxl
 
 
 def joined_rows(parts: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.memory import Needs, metered, weight_bytes
-from cdvideo.base.text import encode_text, tokenize
+from cdvideo.base.prompts import encode_prompts, picture_sizes, text_widths
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.motion.config import MotionConfig
@@ -33,7 +33,7 @@ def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
         on_gpu: Whether the VAE is there only while it works.
     """
     side = config.resolution or base.resolution
-    standing = weight_bytes(base.unet, base.text_encoder) + (0 if on_gpu else weight_bytes(base.vae))
+    standing = weight_bytes(base.unet, *base.text_encoders.values()) + (0 if on_gpu else weight_bytes(base.vae))
     vae = weight_bytes(base.vae) if on_gpu else 0
     learned, step = _training_step(base, config, side)
     needs = {"training": standing + step}
@@ -51,7 +51,7 @@ def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, i
     _set_checkpointing(base, optim.gradient_checkpointing)
     with metered() as meter:
         adapter = make_adapter(base.unet, config.adapter, seed=0)
-        width = base.text_encoder.config.hidden_size
+        width = sum(text_widths(base))
         rows = {token: torch.zeros(config.adapter.num_rows, width, device=base.device) for token in config.phrases}
         weights = [*adapter.weights.values(), *(rows_KD.requires_grad_() for rows_KD in rows.values())]
         numbers = sum(weight.numel() for weight in weights)
@@ -67,7 +67,8 @@ def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, i
         with adapter.attached():
             loss = _predict(base, config, rows, optim.batch_size * (2 if preserve.prior_weight else 1), side)
             if config.semantic.weight:
-                loss = loss + _encode(base, config, rows, config.semantic.phrases).float().mean()
+                phrases = [config.phrase] * config.semantic.phrases
+                loss = loss + encode_prompts(base, phrases, rows=rows).hidden_BLD.float().mean()
             if preserve.output_weight:
                 loss = loss + _predict(base, config, rows, optim.batch_size, side)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -93,19 +94,14 @@ def _set_checkpointing(base: Base, enabled: bool) -> None:
         base.unet.disable_gradient_checkpointing()
 
 
-def _encode(base: Base, config: ConceptConfig, rows: Mapping[str, Tensor], prompts: int) -> Tensor:
-    tokens = {token: len(rows_KD) for token, rows_KD in rows.items()}
-    batch = tokenize(base.tokenizer, [config.phrase] * prompts, tokens=tokens)
-    return encode_text(base.text_encoder, batch, rows=rows).hidden_BLD
-
-
 def _predict(base: Base, config: ConceptConfig, rows: Mapping[str, Tensor], pictures: int, side: int) -> Tensor:
     """The denoising loss of some pictures, without their content."""
     height, width = latent_size(base, side, side)
     noisy_BCHW = torch.zeros(pictures, base.unet.config.in_channels, height, width, device=base.device)
     timesteps_B = torch.zeros(pictures, dtype=torch.long, device=base.device)
-    text_BLD = _encode(base, config, rows, pictures)
-    prediction_BCHW = base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD).sample
+    text = encode_prompts(base, [config.phrase] * pictures, rows=rows)
+    added = text.added(picture_sizes(side, side))
+    prediction_BCHW = base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text.hidden_BLD, added_cond_kwargs=added).sample
     return (prediction_BCHW.float() - noisy_BCHW).square().mean()
 
 
@@ -121,7 +117,7 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         motion = None if config.still else MotionModules.for_unet(base.unet, motion_num_attention_heads=1)
     modules = [base.unet] if motion is None else [base.unet, motion.to(base.dtype).eval().requires_grad_(False)]
     own = {
-        "encoding text": weight_bytes(base.text_encoder),
+        "encoding text": weight_bytes(*base.text_encoders.values()),
         "denoising": weight_bytes(*modules),
         "decoding": weight_bytes(base.vae),
     }
@@ -165,11 +161,11 @@ def _drawing(
     with metered() as denoising, reading(base.unet, compiled):
         if motion is None:
             latents_BCHW = torch.zeros(passes * pictures, channels, height, width, device=base.device)
-            base.unet(latents_BCHW.to(base.dtype), 0, None)
+            base.unet(latents_BCHW.to(base.dtype), 0, None, added_cond_kwargs=compiled.added)
         else:
             motion.config = dataclasses.replace(motion.config, motion_max_seq_length=pictures)
             latents_BFCHW = torch.zeros(passes * films, pictures, channels, height, width, device=base.device)
-            VideoUNet(base.unet, motion)(latents_BFCHW.to(base.dtype), 0, None)
+            VideoUNet(base.unet, motion)(latents_BFCHW.to(base.dtype), 0, None, compiled.added)
     with metered() as decoding:
         decode_latents(base.vae, torch.zeros(min(chunk, pictures), channels, height, width, device=base.device))
     return {"encoding text": text.peak, "denoising": text.live + denoising.peak, "decoding": decoding.peak}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cdvideo.base import checkpoint
 from cdvideo.base.checkpoint import read_metadata, read_tensors
 from cdvideo.errors import UserError
 
@@ -46,6 +47,25 @@ def test_changing_what_was_read_leaves_the_file_alone(tmp_path: Path) -> None:
         save({"weight": torch.ones(2)}, path)
         read_tensors(path)["weight"].mul_(5)
         assert torch.equal(read_tensors(path)["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "old ckpt"])
+def test_tensors_are_cast_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Each piece out of a mapping of its own; what has its type already, and what is no number to cast, stays."""
+    content = {f"{i}": torch.randn(4, 8) for i in range(5)} | {"half": torch.ones(3).half(), "ids": torch.arange(4)}
+    path = tmp_path / f"a.{kind.split()[-1]}"
+    if kind == "safetensors":
+        save_file(content, path)
+    else:
+        torch.save({"state_dict": content}, path, _use_new_zipfile_serialization=kind == "ckpt")
+    opened: list[Path] = []
+    read = checkpoint.read_content
+    monkeypatch.setattr(checkpoint, "PIECE", 2 * content["0"].nbytes)
+    monkeypatch.setattr(checkpoint, "read_content", lambda path: (opened.append(path), read(path))[1])
+    found = read_tensors(path, dtype_of=lambda name: torch.float32 if name == "4" else torch.float16)
+    assert found.keys() == content.keys() and found["4"].dtype == torch.float32 and found["ids"].dtype == torch.int64
+    assert all(torch.equal(found[name], content[name].half()) for name in ("0", "1", "2", "3", "half"))
+    assert len(opened) == (1 if kind == "old ckpt" else 3), "what can not be mapped is read once"
 
 
 def test_the_callback_in_stable_diffusions_own_files_is_passed_over(

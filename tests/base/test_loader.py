@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,6 +18,7 @@ from cdvideo.base.latents import decode_latents
 from cdvideo.base.loader import TINY_BASE, load_base, weights_hash
 from cdvideo.errors import UserError
 from tests import sdxl
+from tests.base.ldm_names import save_folder
 
 CPU = torch.device("cpu")
 
@@ -204,6 +207,44 @@ def test_sdxls_vae_is_kept_from_overflow(sdxl_folder: Path, dtype: torch.dtype) 
     assert pixels_BCHW.isfinite().all()
     base.vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix has it
     assert base.to(CPU, torch.float16).vae.dtype == torch.float16
+
+
+def test_sdxls_vae_is_never_rounded_to_float16(sdxl_folder: Path) -> None:
+    whole, half = (load_base(str(sdxl_folder), device=CPU, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    assert torch.equal(half.vae.decoder.conv_in.weight, whole.vae.decoder.conv_in.weight)
+
+
+def test_the_attention_s_first_names_are_known(tmp_path: Path) -> None:
+    """As the VAE in the folder of Stable Diffusion 1.5 has them."""
+    folder = save_folder(tmp_path / "sd1", 1)
+    expected = load_base(str(folder), device=CPU).vae.state_dict()
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    weights = load_file(file)
+    old = {functools.reduce(lambda n, r: n.replace(*r), names.items(), name): t for name, t in weights.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in old
+    save_file({name: tensor.clone() for name, tensor in old.items()}, file)
+    found = load_base(str(folder), device=CPU).vae.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda w: {**w, "stranger": torch.ones(1)}, r"the UNet in .*: 1 unexpected \(such as stranger\)"),
+        (lambda w: {k: v for k, v in w.items() if k != "conv_in.bias"}, r"1 missing \(such as conv_in.bias\)"),
+        (lambda w: {**w, "conv_in.bias": torch.ones(3)}, r"1 mismatched \(such as conv_in.bias\)"),
+    ],
+)
+def test_a_folder_whose_weights_do_not_fit_is_told(
+    tiny_base_folder: Path, tmp_path: Path, damage: Any, said: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(damage(load_file(file)), file)
+    with pytest.raises(UserError, match=said):
+        load_base(str(copy), device=CPU)
 
 
 def test_stable_diffusion_1_keeps_its_vae_in_half_precision(tiny_base_folder: Path) -> None:

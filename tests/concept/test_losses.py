@@ -98,8 +98,8 @@ def test_the_base_s_output_is_a_constant() -> None:
 def test_the_anchor_is_relative_to_the_base() -> None:
     weights = [torch.randn(4, 4), torch.randn(3)]
     changes = [0.1 * weight for weight in weights]
-    assert anchor_loss(changes, weights).item() == pytest.approx(0.01)
-    assert anchor_loss([10 * c for c in changes], [10 * w for w in weights]).item() == pytest.approx(0.01)
+    assert anchor_loss(zip(changes, weights, strict=True)).item() == pytest.approx(0.01)
+    assert anchor_loss((10 * c, 10 * w) for c, w in zip(changes, weights, strict=True)).item() == pytest.approx(0.01)
 
 
 def test_background_loss_counts_only_around_the_subject() -> None:

@@ -1,7 +1,8 @@
+"""The trainer: what a run learns, writes and leaves alone, how it is resumed, and what it refuses."""
+
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,39 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from cdvideo.base.loader import Base
-from cdvideo.base.schedule import add_noise, make_scheduler, training_target
-from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept.adapters import make_adapter, tuned
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import ConceptConfig, SubjectConfig
-from cdvideo.concept.data import cache_latents
 from cdvideo.concept.drift_file import DRIFT_FILE, load_drift
 from cdvideo.concept.file import frozen_copy, load_concept
-from cdvideo.concept.losses import denoising_loss
 from cdvideo.concept.state import STATE_FILE
-from cdvideo.concept.trainer import new_concept, train_concept
+from cdvideo.concept.trainer import train_concept
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
 from cdvideo.runs import Run, create_run
-
-
-def changed(config: ConceptConfig, **groups: dict[str, Any]) -> ConceptConfig:
-    """The config with some settings of its groups changed."""
-    new = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in groups.items()}
-    return dataclasses.replace(config, **new)
-
-
-def untrained(base: Base, config: ConceptConfig) -> Concept:
-    return new_concept(base, config, make_adapter(base.unet, config.adapter, seed=config.seed))
-
-
-def metrics_of(run: Run) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def equal(one: Concept, other: Concept) -> bool:
-    ours, theirs = {**one.tokens, **one.weights}, {**other.tokens, **other.weights}
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+from tests.concept.parts import changed, equal, fixed_loss, metrics_of, untrained
 
 
 def test_only_the_concept_is_written(
@@ -81,29 +59,6 @@ def test_metrics_hold_every_term_and_the_drift(
     assert [line["step"] for line in lines if "drift_cosine" in line] == [0, 10, 12]
     assert lines[0]["weight_change"] == 0 < lines[-1]["weight_change"]
     assert lines[0]["class_cosine"] == lines[-1]["class_cosine"]
-
-
-def fixed_loss(
-    base: Base,
-    pictures: list[Picture],
-    config: ConceptConfig,
-    concept: Concept,
-    prompt: str = "a picture of a sks dog",
-) -> float:
-    """The denoising loss on the plain pictures, always with the same noise."""
-    generator = torch.Generator().manual_seed(9)
-    plain = dataclasses.replace(config.data, rescale=0, flip=False)
-    cache = cache_latents(base, pictures, plain, phrase="sks dog", class_phrase="dog", seed=0, quiet=True)
-    latents = cache.latents_NCHW.repeat(8, 1, 1, 1)
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.linspace(100, 999, len(latents)).long()
-    scheduler = make_scheduler(base.scheduler_config)
-    batch = tokenize(base.tokenizer, [prompt] * len(latents), tokens={"sks": 1})
-    with torch.no_grad(), tuned(base.unet, concept):
-        text = encode_text(base.text_encoder, batch, rows=concept.tokens).hidden_BLD
-        prediction = base.unet(add_noise(scheduler, latents, noise, timesteps), timesteps, text).sample
-    target = training_target(scheduler, latents, noise, timesteps)
-    return denoising_loss(prediction, target, torch.ones(len(latents), 1, 8, 8)).item()
 
 
 def test_training_lowers_the_loss(tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run) -> None:
@@ -296,121 +251,6 @@ def test_snapshots_are_what_a_run_of_that_length_has(
     with create_run(tmp_path, "short") as short:
         expected = train_concept(tiny_base, pictures, dataclasses.replace(config, steps=5), short, quiet=True)
     assert equal(load_concept(run.folder / "concept_00005.safetensors", base=tiny_base), expected)
-
-
-def train_with(base: Base, pictures: list[Picture], config: ConceptConfig, folder: Path, **options: Any) -> list[Any]:
-    """The concept of a run, and its metrics."""
-    with create_run(folder, "run") as run:
-        concept = train_concept(base, pictures, config, run, quiet=True, **options)
-        return [concept, metrics_of(run)]
-
-
-def test_runs_of_one_seed_see_the_same_batches_whatever_their_losses(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(config, steps=2)
-    first = [
-        train_with(tiny_base, pictures, changed(config, **groups), tmp_path)[1][1]["loss_denoise"]
-        for groups in (
-            {},
-            {"semantic": {"weight": 0.0}},
-            {"semantic": {"phrases": 9}},
-            {"preserve": {"output_weight": 1.0}},
-        )
-    ]
-    assert len(set(first)) == 1
-
-
-def test_what_surrounds_the_subject_has_a_term_of_its_own(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
-) -> None:
-    groups: dict[str, Any] = {"preserve": {"background_weight": 1.0}, "data": {"focus": "subject"}}
-    _, metrics = train_with(tiny_base, pictures, changed(config, **groups), tmp_path)
-    losses = [line["loss_background"] for line in metrics if "loss_background" in line]
-    assert len(losses) == config.steps
-
-
-@pytest.mark.parametrize("kind", ["kv", "unet", "lora"])
-def test_the_output_for_the_class_is_kept(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, kind: str
-) -> None:
-    """How far the class prompt's prediction has moved from the base's, without and with the loss."""
-    config = changed(dataclasses.replace(config, steps=10), optim={"lr": 1e-2}, adapter={"kind": kind})
-    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    text = encode_text(tiny_base.text_encoder, tokenize(tiny_base.tokenizer, ["a picture of a dog"] * 4)).hidden_BLD
-
-    def moved(weight: float) -> float:
-        concept, metrics = train_with(
-            tiny_base, pictures, changed(config, preserve={"output_weight": weight}), tmp_path / f"{weight}"
-        )
-        assert ("loss_output" in metrics[-1]) == (weight > 0)
-        with torch.no_grad():
-            before = tiny_base.unet(latents, 500, text).sample
-            with tuned(tiny_base.unet, concept):
-                return (tiny_base.unet(latents, 500, text).sample - before).square().mean().item()
-
-    assert moved(20.0) < 0.75 * moved(0.0)
-
-
-@pytest.mark.parametrize("kind", ["kv", "unet", "lora"])
-def test_an_anchor_holds_the_weights(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, kind: str
-) -> None:
-    config = changed(dataclasses.replace(config, steps=10), optim={"lr": 1e-2}, adapter={"kind": kind})
-    ends = {
-        weight: train_with(
-            tiny_base, pictures, changed(config, preserve={"anchor_weight": weight}), tmp_path / f"{weight}"
-        )[1][-1]
-        for weight in (0.0, 1e3)
-    }
-    assert ends[1e3]["weight_change"] < 0.7 * ends[0.0]["weight_change"]
-    assert ends[1e3]["loss_anchor"] > 0 and "loss_anchor" not in ends[0.0]
-
-
-def test_rows_keep_the_norm_of_the_class_word(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
-) -> None:
-    config = changed(config, preserve={"keep_norm": True}, optim={"token_lr": 0.05}, adapter={"num_rows": 2})
-    concept, _ = train_with(tiny_base, pictures, config, tmp_path)
-    (word,) = tiny_base.tokenizer("dog", add_special_tokens=False).input_ids
-    row_D = tiny_base.text_encoder.get_input_embeddings().weight[word]
-    torch.testing.assert_close(concept.tokens["sks"].norm(dim=1), row_D.norm().expand(2))
-    assert not torch.allclose(concept.tokens["sks"][0], row_D, atol=1e-2)
-
-
-def test_the_base_s_own_pictures_of_the_class_are_half_of_every_batch(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
-) -> None:
-    shapes = []
-
-    def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():  # measuring drift needs no gradients
-            shapes.append(len(inputs[0]))
-
-    hook = tiny_base.unet.register_forward_pre_hook(note)
-    config = changed(dataclasses.replace(config, steps=2), preserve={"prior_weight": 1.0})
-    _, metrics = train_with(tiny_base, pictures, config, tmp_path, prior={"dog": pictures[:2]})
-    hook.remove()
-    assert shapes == [4, 4] and metrics[-1]["loss_prior"] > 0
-    with pytest.raises(UserError, match="without pictures of dog"):
-        train_with(tiny_base, pictures, config, tmp_path, prior={"cat": pictures})
-
-
-def test_prior_pictures_keep_what_the_class_looks_like(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
-) -> None:
-    """With the prior, the class prompt fits other pictures better at the end than without."""
-    config = changed(
-        dataclasses.replace(config, steps=30), optim={"lr": 1e-2, "batch_size": 2}, adapter={"kind": "unet"}
-    )
-    others = [Picture(name="", image=Image.new("RGB", (64, 64), color)) for color in ("white", "black")]
-
-    def class_loss(weight: float) -> float:
-        weighted = changed(config, preserve={"prior_weight": weight})
-        concept, _ = train_with(tiny_base, pictures, weighted, tmp_path / f"{weight}", prior={"dog": others})
-        return fixed_loss(tiny_base, others, config, concept, prompt="a picture of a dog")
-
-    assert class_loss(3.0) < 0.95 * class_loss(0.0)
 
 
 def test_two_things_are_learned_at_once(

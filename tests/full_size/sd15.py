@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cdvideo.base.loader import load_base
 from cdvideo.base.single_file import load_clip_tokenizer
-from tests.base.ldm_names import SCHEDULE
+from tests.base.ldm_names import SCHEDULE, official
 
 BLOCK = 1_000_003  # random numbers that are drawn; a prime, so that rows of weights do not repeat
 
@@ -45,6 +47,17 @@ def save_sd15(folder: Path, *, sample_size: int = 64) -> Path:
     load_clip_tokenizer(pad_token="<|endoftext|>").save_pretrained(folder / "tokenizer")
     DDIMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
     return folder
+
+
+def save_one_file(folder: Path, path: Path) -> Path:
+    """A base's weights under the names of v1-5-pruned.safetensors, or of the .ckpt before it."""
+    base = load_base(str(folder), device=torch.device("cpu"))
+    tensors = {name: tensor.contiguous() for name, tensor in official(1, *base.modules).items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors}, path)
+    return path
 
 
 def save_motion_v3(folder: Path) -> Path:

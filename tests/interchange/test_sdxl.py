@@ -158,6 +158,7 @@ def test_kohya_with_every_layer_it_trains(
     assert (draw(concept) - draw(None)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["lora", "kv"])
 @pytest.mark.parametrize("writer", [write_kohya, write_diffusers])
 def test_diffusers_draws_what_we_draw(
     tiny_sdxl: Base,
@@ -165,11 +166,13 @@ def test_diffusers_draws_what_we_draw(
     draw: Callable[..., Tensor],
     pipeline: StableDiffusionXLPipeline,
     writer: Callable[[Export], None],
+    kind: str,
 ) -> None:
-    """The LoRA of UNet and both text encoders, and the token's two rows in both."""
-    concept = with_text(
-        tiny_sdxl, learned(tiny_sdxl, {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ("to_k", "to_out.0")})
-    )
+    """The LoRA of UNet and both text encoders, or K and V; and the token's two rows in both."""
+    concept = learned(tiny_sdxl, {"kind": "kv"})
+    if kind == "lora":
+        lora = {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ("to_k", "to_out.0")}
+        concept = with_text(tiny_sdxl, learned(tiny_sdxl, lora))
     writer(Export(tiny_sdxl, concept, tmp_path, "pytorch_lora_weights", None, lambda _line: None))
     plain = draw_with(pipeline)
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
@@ -235,6 +238,42 @@ def test_loras_of_other_bases_are_refused_by_name(tiny_sdxl: Base, tiny_base: Ba
     peft = {"unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight": torch.ones(4, 1024)}
     assert made_for(peft) == "Stable Diffusion 2"
     assert made_for({key.replace("to_v", "to_q"): tensor for key, tensor in peft.items()}) is None
+
+
+TEXT_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_ALONE = {
+    "kohya": (f"lora_te_{TEXT_LAYER.replace('.', '_')}.lora_down.weight", "lora_up.weight"),
+    "LyCORIS": (f"lora_te_{TEXT_LAYER.replace('.', '_')}.lokr_w1", "lokr_w2"),
+    "diffusers": (f"text_encoder.{TEXT_LAYER}.lora_A.weight", "lora_B.weight"),
+    "PEFT": (f"base_model.model.{TEXT_LAYER}.lora_A.weight", "lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_ALONE)
+def test_text_weights_of_stable_diffusion_1_fit_in_size_and_are_refused(
+    tiny_sdxl: Base, tmp_path: Path, kind: str
+) -> None:
+    """SDXL's first text encoder is Stable Diffusion 1's, layer by layer; only the names tell them apart."""
+    first, second = TEXT_ALONE[kind]
+    width = WIDTHS[0]
+    pair = {first: random(2, width), f"{first.partition('q_proj.')[0]}q_proj.{second}": random(width, 2)}
+    if kind == "LyCORIS":  # a Kronecker product with one number
+        pair = dict(zip(pair, (random(width, width), random(1, 1)), strict=True))
+    path = tmp_path / "text.safetensors"
+    save_file(pair, path)
+    with pytest.raises(UserError, match=r"matched 0/2 [\s\S]*the file was made for Stable Diffusion 1 or 2"):
+        load_adapters(tiny_sdxl, [(path, 1.0)])
+    if kind in ("kohya", "LyCORIS"):  # and under SDXL's own name it is welcome
+        save_file({key.replace("lora_te_", "lora_te1_"): tensor for key, tensor in pair.items()}, path)
+        concept = load_adapters(tiny_sdxl, [(path, 1.0)])
+        assert changes_of(tiny_sdxl, concept).keys() == {f"text_encoder.{TEXT_LAYER}.delta"}
+
+
+def test_text_weights_of_sdxl_are_refused_by_one_encoder(tiny_base: Base, tmp_path: Path) -> None:
+    stem = f"lora_te1_{TEXT_LAYER.replace('.', '_')}"
+    save_file({f"{stem}.lora_down.weight": random(2, 32), f"{stem}.lora_up.weight": random(32, 2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"matched 0/2 [\s\S]*no place for {stem}[\s\S]*the file was made for SDXL"):
+        load_adapters(tiny_base, [(tmp_path / "a.pt", 1.0)])
 
 
 def test_an_unknown_key_is_named(tiny_sdxl: Base, tmp_path: Path) -> None:

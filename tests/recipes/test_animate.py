@@ -1,4 +1,4 @@
-"""scripts/animate.py from end to end on the tiny models: what it writes, what it says, how it fails."""
+"""scripts/animate.py from end to end on the tiny models: what it writes, and what it says."""
 
 from __future__ import annotations
 
@@ -7,86 +7,19 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
-from cdvideo.concept.concept import Concept, ConceptMetadata
-from cdvideo.concept.file import save_concept
-from cdvideo.concept.kv import kv_projections
-from cdvideo.motion.files import save_motion
-from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling import animate
 from cdvideo.sampling.animate import main, slug
 from cdvideo.sampling.speed import PRESETS, Speed
 from cdvideo.sampling.video import sample_video
-
-CPU = torch.device("cpu")
-QUICK = ["--frames", "3", "--steps", "2"]
-PROMPT = "a sks dog surfing"
-
-
-@pytest.fixture
-def base_folder(tmp_path: Path, tiny_base_folder: Path) -> Path:
-    """The tiny base with motion modules that reach 8 frames."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_base_folder, folder)
-    base = load_base(str(folder), device=CPU)
-    motion = MotionModules.for_unet(
-        base.unet, motion_num_attention_heads=2, motion_max_seq_length=8, norm_mode="diffusers", trained_for=base.hash
-    )
-    for parameter in motion.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    save_motion(motion, folder / "motion")
-    return folder
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the command is called in."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def save_tiny_concept(base_folder: Path, path: Path, token: str = "sks") -> None:
-    base = load_base(str(base_folder), device=CPU)
-    generator = torch.Generator().manual_seed(1)
-    metadata = ConceptMetadata(
-        class_words={token: "dog"},
-        initialiser="dog",
-        base_name="tiny",
-        base_hash=base.hash,
-        resolution=64,
-        prediction_type="v_prediction",
-        steps=1,
-        lr=1e-4,
-        token_lr=1e-3,
-        seed=0,
-        loss_weights={},
-        sample_prompt="",
-    )
-    kv = {
-        name: torch.randn(linear.weight.shape, generator=generator).half()
-        for name, linear in kv_projections(base.unet).items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_concept(Concept(tokens={token: torch.randn(1, 32, generator=generator)}, weights=kv, metadata=metadata), path)
-
-
-def call(base_folder: Path, *arguments: str, prompt: str = PROMPT) -> int:
-    return run_main(main, ["--prompt", prompt, "--base", str(base_folder), *QUICK, *arguments])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+from tests.recipes.animating import CPU, PROMPT, QUICK, call, names, save_tiny_concept
 
 
 def test_one_line_makes_a_film(base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,96 +169,6 @@ def test_a_concept_whose_token_is_missing_is_warned_of(
     assert "\n" not in warning.getMessage()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--prompt", ""], "prompt is empty"),
-        (["--prompt", "  "], "prompt is empty"),
-        (["--prompt", "a dog", "--frames", "0"], "frames=0: must be at least 1"),
-        (["--prompt", "a dog", "--fps", "0"], "fps=0"),
-        (["--prompt", "a dog", "--fps", "60"], "a gif shows at most 50"),
-        (["--prompt", "a dog", "--steps", "0"], "steps=0"),
-        (["--prompt", "a dog", "--guidance", "0.5"], "guidance=0.5"),
-        (["--prompt", "a dog", "--seed", "-1"], "seed=-1"),
-        (["--prompt", "a dog", "--num-videos", "0"], "num_videos=0"),
-        (["--prompt", "a dog", "--format", "mp4,avi"], "format=mp4,avi: must be some of mp4, webm, gif, webp, png"),
-        (["--prompt", "a dog", "frame=8"], "did you mean frames"),
-        (["--frames", "8"], "prompt: has no default"),
-    ],
-)
-def test_wrong_settings(workplace: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(main, arguments) == 2
-    complaint = capsys.readouterr().err
-    assert said in complaint
-    assert "allowed:" in complaint and "do:" in complaint
-    assert names(workplace) == set(), "nothing is made before the settings are right"
-
-
-def test_all_wrong_settings_are_told_at_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(main, ["--prompt", "", "--frames", "0", "--steps", "0"]) == 2
-    complaint = capsys.readouterr().err
-    assert all(said in complaint for said in ("prompt is empty", "frames=0", "steps=0"))
-
-
-def _fail(*_: Any, **__: Any) -> None:
-    raise AssertionError("must not get as far as this")
-
-
-def test_an_unwritable_folder_is_told_before_anything_is_loaded(
-    base_folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import cdvideo.base.loader
-
-    monkeypatch.setattr(cdvideo.base.loader, "load_base", _fail)
-    Path("file").touch()
-    assert call(base_folder, "--out", "file/films") == 2
-    assert "can not write into" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--frames", "20", "--window-size", "9"], "2 to 8 frames"),
-        (["--concept", "absent.safetensors"], "no concept file absent.safetensors"),
-        (["--concept", "truncated.safetensors"], "damaged"),
-        (["--concept", "other.safetensors"], "matched"),
-        (["--motion", "absent"], "motion folder absent"),
-        (["width=100"], "multiples of 8"),
-    ],
-)
-def test_what_does_not_fit_is_told_and_leaves_earlier_films_whole(
-    base_folder: Path, workplace: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_tiny_concept(base_folder, Path("whole.safetensors"))
-    Path("truncated.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-100])
-    _save_concept_of_another_base(Path("other.safetensors"), Path("whole.safetensors"))
-    films = workplace / "runs" / "films"
-    films.mkdir(parents=True)
-    (films / "a-sks-dog-surfing-0.mp4").write_bytes(b"an earlier film")
-
-    assert call(base_folder, *(["--concept", "none"] if "--concept" not in arguments else []), *arguments) == 2
-    complaint = capsys.readouterr().err
-    assert said in complaint
-    assert "allowed:" in complaint and "do:" in complaint
-    assert names(films) == {"a-sks-dog-surfing-0.mp4"}
-    assert (films / "a-sks-dog-surfing-0.mp4").read_bytes() == b"an earlier film"
-
-
-def _save_concept_of_another_base(path: Path, like: Path) -> None:
-    from cdvideo.concept.file import load_concept
-
-    concept = load_concept(like)
-    save_concept(
-        Concept(concept.tokens, {name: kv[:, :5] for name, kv in concept.weights.items()}, concept.metadata), path
-    )
-
-
-def test_a_base_without_motion_modules(base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(base_folder / "motion")
-    assert call(base_folder, "--concept", "none") == 2
-    assert "has no motion modules of its own" in capsys.readouterr().err
-
-
 def test_motion_modules_of_another_base_are_warned_of(
     base_folder: Path, workplace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,25 +176,6 @@ def test_motion_modules_of_another_base_are_warned_of(
     config.write_text(json.dumps({**json.loads(config.read_text()), "_trained_for": "0" * 16}))
     assert call(base_folder, "--concept", "none", "--format", "gif") == 0
     assert "trained for a base with other weights" in caplog.text
-
-
-def test_an_interrupt_leaves_earlier_films_whole(
-    base_folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert call(base_folder, "--concept", "none") == 0
-    films = workplace / "runs" / "films"
-    before = {path.name: path.read_bytes() for path in films.iterdir()}
-
-    import cdvideo.media.export
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cdvideo.media.export, "_common_palette", interrupted)
-    assert call(base_folder, "--concept", "none", "--steps", "1") == 130
-    after = {path.name: path.read_bytes() for path in films.iterdir()}
-    assert after.keys() == before.keys()
-    assert after["a-sks-dog-surfing-0.gif"] == before["a-sks-dog-surfing-0.gif"]
 
 
 def test_quiet_says_nothing(base_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,19 +209,6 @@ def test_every_format_and_codec_from_the_command_line(base_folder: Path, workpla
     assert {f"{stem}{end}" for end in (".mp4", ".webm", ".gif", "-png")} <= names(films)
     assert names(films / f"{stem}-png") == {f"{index:05d}.png" for index in range(3)}
     assert iio.imread(films / f"{stem}.mp4").shape == iio.imread(films / f"{stem}.webm").shape == (3, 64, 64, 3)
-
-
-def test_a_codec_without_encoder_is_told_before_anything_is_loaded(
-    base_folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import cdvideo.base.loader
-    from cdvideo.media import ffmpeg
-
-    monkeypatch.setattr(cdvideo.base.loader, "load_base", _fail)
-    monkeypatch.setattr(ffmpeg, "encoder_names", lambda: frozenset({"libx264"}))
-    assert call(base_folder, "--codec", "av1") == 2
-    assert "codec av1: imageio's ffmpeg has no encoder for it" in capsys.readouterr().err
-    assert call(base_folder, "--format", "webm") == 2
 
 
 def test_attention_by_another_kernel_gives_the_same_film_and_an_absent_one_is_told(

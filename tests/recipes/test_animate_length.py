@@ -18,6 +18,7 @@ from cdvideo.cli import run_main
 from cdvideo.motion.files import save_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.animate import main
+from tests.recipes.animating import save_tiny_concept
 
 FILMS = Path("runs/films")
 STEM = "a-dog-0"
@@ -93,8 +94,6 @@ def test_strength_of_motion_and_concept(base_folder: Path) -> None:
 
 
 def test_a_concept_in_part(base_folder: Path) -> None:
-    from tests.recipes.test_animate import save_tiny_concept
-
     save_tiny_concept(base_folder, Path("mine/concept.safetensors"))
     films = []
     for strength in ("1", "0%: 0.2 | 40%: 1", "0"):
@@ -105,8 +104,6 @@ def test_a_concept_in_part(base_folder: Path) -> None:
 
 
 def test_two_concepts_in_one_film(base_folder: Path) -> None:
-    from tests.recipes.test_animate import save_tiny_concept
-
     for token in ("sks", "rex"):
         save_tiny_concept(base_folder, Path(f"{token}/concept.safetensors"), token)
     assert call(base_folder, "--concept", "sks,rex", prompt="a sks dog and a rex dog") == 0

@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cdvideo.base.loader import Base
-from cdvideo.base.memory import base_from_configs, total, weight_bytes
-from cdvideo.concept.config import AdapterConfig, ConceptConfig, OptimConfig, PreserveConfig, SampleConfig
+from cdvideo.base.memory import base_from_configs, metered, total, weight_bytes
+from cdvideo.concept.config import AdapterConfig, ConceptConfig, DataConfig, OptimConfig, PreserveConfig, SampleConfig
+from cdvideo.concept.trainer import train_concept
 from cdvideo.config import load_config
 from cdvideo.evaluation.sd15 import write_configs
+from cdvideo.media.images import Picture
+from cdvideo.runs import create_run
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.memory import film_cures, film_needs, training_cures, training_needs
 from cdvideo.sampling.options import Windows
+from tests.full_size.sdxl import write_configs as write_sdxl_configs
 
 ROOT = Path(__file__).parents[2]
 CUDA_ITSELF = 0.5e9  # bytes that a process with CUDA takes of a card before the first tensor
@@ -96,6 +101,71 @@ def test_each_cure_takes_no_more_than_the_ones_before_and_is_a_setting(tiny_base
         assert ("--offload" in names) == on_gpu and names[-1] == "width=64 height=64"
 
 
+def quick_sdxl(kind: Any, **preserve: Any) -> ConceptConfig:
+    """At 64 pixels, with contact sheets."""
+    return ConceptConfig(
+        steps=2,
+        resolution=64,
+        adapter=AdapterConfig(kind=kind),
+        data=DataConfig(variants=1, focus="picture"),
+        preserve=PreserveConfig(background_weight=0, **preserve),
+        sample=SampleConfig(every=1, prompts=("a {}",)),
+    )
+
+
+@pytest.fixture
+def sdxl_outline(sdxl_folder: Path) -> Base:
+    base = base_from_configs(str(sdxl_folder), dtype=torch.float32)
+    assert base is not None and base.is_sdxl
+    return base
+
+
+@pytest.mark.parametrize("kind", ["kv", "lora"])
+def test_sdxl_is_reckoned_with_as_with_numbers(sdxl_outline: Base, tiny_sdxl: Base, kind: str) -> None:
+    """Learning and filming: the same code on shapes alone, and on the CPU with tensors that are really there."""
+    config = quick_sdxl(kind, output_weight=1)
+    reckoned, measured = (training_needs(base, config, on_gpu=False) for base in (sdxl_outline, tiny_sdxl))
+    assert reckoned == pytest.approx(measured, rel=0.01)
+    encoders = weight_bytes(*tiny_sdxl.text_encoders.values())
+    assert len(tiny_sdxl.text_encoders) == 2 and reckoned["training"] > weight_bytes(tiny_sdxl.unet) + encoders
+    film = AnimateConfig(prompt="a dog", frames=4, width=64, height=64)
+    reckoned, measured = (film_needs(base, film, offload=True) for base in (sdxl_outline, tiny_sdxl))
+    assert reckoned == pytest.approx(measured, rel=0.01)
+    assert reckoned["encoding text"] > encoders
+
+
+@pytest.mark.parametrize("kind", ["kv", "lora"])
+def test_sdxl_s_training_takes_what_was_reckoned(
+    sdxl_outline: Base, tiny_sdxl: Base, tmp_path: Path, kind: str
+) -> None:
+    """The trainer itself, metered, from its first picture to its last step, where the steps take the most."""
+    config = dataclasses.replace(
+        quick_sdxl(kind), sample=SampleConfig(every=0), optim=OptimConfig(batch_size=8), checkpoint_every=9
+    )
+    pictures = [Picture(name="", image=Image.new("RGB", (64, 64), color)) for color in ("red", "blue")]
+    with create_run(tmp_path, "metered") as run, metered() as meter:
+        train_concept(tiny_sdxl, pictures, config, run, quiet=True)
+    reckoned = training_needs(sdxl_outline, config, on_gpu=False)["training"]
+    took = weight_bytes(*tiny_sdxl.modules) + meter.peak
+    print(f"{kind}: {took / 1e6:.1f} MB, reckoned {reckoned / 1e6:.1f} MB")
+    assert reckoned == pytest.approx(took, rel=0.02)
+
+
+def test_every_cure_is_for_sdxl_too(sdxl_outline: Base) -> None:
+    config = dataclasses.replace(quick_sdxl("kv"), resolution=128)
+    sizes = [total(needs) for _, needs in training_cures(sdxl_outline, config, on_gpu=True)]
+    assert len(sizes) == 6 and sizes == sorted(sizes, reverse=True)
+    film = AnimateConfig(prompt="a dog", frames=2, width=128, height=128)
+    assert [name for name, _ in film_cures(sdxl_outline, film, on_gpu=True)][1] == "--offload"
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    base = base_from_configs(str(write_sdxl_configs(tmp_path_factory.mktemp("sdxl") / "base")), dtype=torch.bfloat16)
+    assert base is not None
+    return base
+
+
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = tmp_path_factory.mktemp("sd15") / "base"
@@ -105,8 +175,8 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return base
 
 
-def presets(kind: str) -> list[Path]:
-    return sorted((ROOT / "configs" / kind).glob("*sd15_*gb.yaml"))
+def presets(kind: str, family: str = "sd15") -> list[Path]:
+    return sorted((ROOT / "configs" / kind).glob(f"*{family}_*gb.yaml"))
 
 
 def check_name(file: Path, needed: float) -> None:
@@ -129,6 +199,15 @@ def test_stable_diffusion_has_its_size(sd15: Base) -> None:
 @pytest.mark.parametrize("file", presets("concept"), ids=lambda file: file.stem)
 def test_a_preset_for_learning_fits_the_card_in_its_name(sd15: Base, file: Path) -> None:
     check_name(file, total(training_needs(sd15, load_config(ConceptConfig, file=file), on_gpu=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", presets("concept", "sdxl"), ids=lambda file: file.stem)
+def test_a_preset_for_sdxl_fits_the_card_in_its_name(sdxl: Base, file: Path) -> None:
+    """2,567,463,684 + 83,653,863 + 123,060,480 + 694,659,840 numbers, as the published weights have it."""
+    counts = [sum(p.numel() for p in part.parameters()) for part in sdxl.modules]
+    assert counts == [2_567_463_684, 83_653_863, 123_060_480, 694_659_840] and sdxl.resolution == 1024
+    check_name(file, total(training_needs(sdxl, load_config(ConceptConfig, file=file), on_gpu=True)))
 
 
 @pytest.mark.slow
