@@ -33,10 +33,10 @@ def concepts(config: ConceptsBenchmark, progress: Progress = print) -> dict[str,
             found["peak_ratio"] = round(each.peak_bytes / one.peak_bytes, 4)
             found["run_ratio"] = round(each.run_bytes / one.run_bytes, 4)
             rows.append(found)
-        assert one.made is not None and many.made is not None and alone.made is not None
-        rows[1]["from_one_by_one"] = float(np.abs(many.made - alone.made).max())
+        latents_many, latents_alone, latents_one = (np.stack(each.made) for each in (many, alone, one))  # RBFCHW
+        rows[1]["from_one_by_one"] = float(np.abs(latents_many - latents_alone).max())
         # Of both, the first film is of the same concept.
-        rows[1]["from_one_concept"] = float(np.abs(many.made - one.made)[1:].max(axis=(1, 2, 3, 4)).min())
+        rows[1]["from_one_concept"] = float(np.abs(latents_many - latents_one)[:, 1:].max(axis=(2, 3, 4, 5)).min())
         if config.concepts:
             kind = "each from a file of its own"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +26,14 @@ from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.motion.files import load_motion
 from cdvideo.sampling.denoise import draw_noise
 
-Run = Callable[[], npt.NDArray[Any]]  # frames_FHWC, or of several films latents_BFCHW
+Run = Callable[[int], npt.NDArray[Any]]  # of a seed: frames_FHWC, or of several films latents_BFCHW
 
 
 def documented(film: Film) -> Run:
     """As in the page of AnimateDiffPipeline; without its offloading to the CPU, which trades time for memory."""
     pipeline = load_pipeline(film)
     pipeline.vae.enable_slicing()
-    return lambda: _make(pipeline, film)
+    return partial(_make, pipeline, film)
 
 
 def best(film: Film) -> Run:
@@ -43,7 +44,7 @@ def best(film: Film) -> Run:
     pipeline.fuse_qkv_projections(vae=isinstance(pipeline.vae, AutoencoderKL))
     mode = "max-autotune" if pipeline.device.type == "cuda" else None  # it tunes kernels for GPUs
     pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
-    return lambda: _make(pipeline, film)
+    return partial(_make, pipeline, film)
 
 
 def load_pipeline(film: Film) -> Any:
@@ -80,7 +81,7 @@ def _random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def _make(pipeline: Any, film: Film) -> npt.NDArray[np.uint8]:
+def _make(pipeline: Any, film: Film, seed: int) -> npt.NDArray[np.uint8]:
     """A film from the noise that our sampler draws for the seed."""
     pixels = pipeline.vae_scale_factor
     native = pipeline.unet.config.sample_size * pixels
@@ -94,7 +95,7 @@ def _make(pipeline: Any, film: Film) -> npt.NDArray[np.uint8]:
         width=width,
         num_inference_steps=film.steps,
         guidance_scale=film.guidance,
-        latents=draw_noise([film.seed], shape).transpose(1, 2).to(pipeline.device, pipeline.dtype),
+        latents=draw_noise([seed], shape).transpose(1, 2).to(pipeline.device, pipeline.dtype),
     ).frames[0]
     return np.stack([np.asarray(frame) for frame in frames])
 

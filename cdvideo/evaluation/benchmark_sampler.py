@@ -61,10 +61,10 @@ class Side:
     added_bytes: int | None = None
     cuda_bytes: int | None = None
     flops: int | None = None
-    made: npt.NDArray[Any] | None = None
-    """What the last run gave: frames_FHWC, or of several films latents_BFCHW."""
+    made: list[npt.NDArray[Any]] = field(default_factory=list)
+    """What each run gave: frames_FHWC, or of several films latents_BFCHW."""
 
-    def ask(self, **request: str) -> dict[str, Any]:
+    def ask(self, **request: str | int) -> dict[str, Any]:
         """Raises SideError with what the side says has gone wrong."""
         assert self.process.stdin and self.process.stdout
         if request:
@@ -81,15 +81,16 @@ class Side:
         loaded = self.ask()
         self.where = {name: loaded[name] for name in WHERE}
         self.load_seconds, self.peak_bytes = loaded["seconds"], loaded["peak_bytes"]
-        self.run()
+        self.run(self.film.seed)
         self.first_seconds = self.seconds.pop()
+        self.made.clear()
 
-    def run(self) -> None:
-        """Makes the film once."""
+    def run(self, seed: int) -> None:
+        """Makes the film of a seed once."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "frames.npy"
-            ran = self.ask(do="run", save=str(file))
-            self.made = np.load(file)
+            ran = self.ask(do="run", seed=seed, save=str(file))
+            self.made.append(np.load(file))
         self.seconds.append(ran["seconds"])
         self.peak_bytes = max(self.peak_bytes, ran["peak_bytes"])
         self.run_bytes = max(self.run_bytes, ran["peak_bytes"])
@@ -114,10 +115,10 @@ def side(name: str, film: Film) -> Iterator[Side]:
 
 
 def alternate(sides: Sequence[Side], pairs: int, progress: Progress) -> None:
-    """Runs all sides `pairs` times, each round in the opposite order of the last."""
+    """Runs all sides `pairs` times, each round in the opposite order of the last and of another seed."""
     for index in range(pairs):
         for one in sides if index % 2 else reversed(sides):
-            one.run()
+            one.run(one.film.seed + index)
         progress(f"  {index + 1} of {pairs}: " + ", ".join(f"{one.name} {one.seconds[-1]:.2f} s" for one in sides))
 
 
@@ -140,7 +141,7 @@ def _against(peer: str, config: SamplerBenchmark, progress: Progress) -> dict[st
         sides = [theirs, *(stack.enter_context(side(name, config.film)) for name in config.speeds)]
         alternate(sides, config.pairs, progress)
         for one in sides:
-            one.flops = one.ask(do="count")["flops"]
+            one.flops = one.ask(do="count", seed=config.seed)["flops"]
         peak = config.peak_tflops or PEAK_TFLOPS.get(theirs.where["device"])
         return {"against": PEERS[peer], **theirs.where, "rows": [row(one, theirs, peak_tflops=peak) for one in sides]}
 
@@ -202,16 +203,20 @@ def row(one: Side, peer: Side | None, *, peak_tflops: float | None = None) -> Ro
         if peak_tflops is not None:
             found["share_of_peak"] = round(one.flops / median(one.seconds) / 1e12 / peak_tflops, 4)
     if peer is not None and peer is not one:
-        assert one.made is not None and peer.made is not None
         found["times_faster"] = spread([theirs / own for theirs, own in zip(peer.seconds, one.seconds, strict=True)])
         found["peak_ratio"] = round(one.peak_bytes / peer.peak_bytes, 3)
         found["run_ratio"] = round(one.run_bytes / peer.run_bytes, 3)
         if one.cuda_bytes and peer.cuda_bytes:
             found["cuda_ratio"] = round(one.cuda_bytes / peer.cuda_bytes, 3)
-        as_one = (1, -1, *one.made.shape[2:])  # one figure for the film, not the mean over its frames
-        found["psnr_db"] = round(float(psnr(peer.made.reshape(as_one), one.made.reshape(as_one))[0]), 2)
-        found["contrast"] = round(float(peer.made.std()), 1)
+        found["psnr_db"] = spread([_psnr(*films) for films in zip(peer.made, one.made, strict=True)])
+        found["contrast"] = round(median(float(frames_FHWC.std()) for frames_FHWC in peer.made), 1)
     return found
+
+
+def _psnr(first_FHWC: npt.NDArray[np.uint8], second_FHWC: npt.NDArray[np.uint8]) -> float:
+    """One figure for the film, not the mean over its frames."""
+    first, second = (frames.reshape(1, -1, *frames.shape[2:]) for frames in (first_FHWC, second_FHWC))
+    return float(psnr(first, second)[0])
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -329,5 +334,7 @@ def _cells(row: Row) -> dict[str, str]:
     if "share_of_peak" in row:
         cells["share of peak"] = f"{row['share_of_peak']:.1%}"
     if "psnr_db" in row:
-        cells |= {"PSNR, dB": f"{row['psnr_db']:.1f}", "x": f"{row.get('cuda_ratio', row['run_ratio']):.2f}"}
+        near = row["psnr_db"]
+        cells["PSNR, dB"] = f"{near['median']:.1f} [{near['min']:.1f}, {near['max']:.1f}]"
+        cells |= {"x": f"{row.get('cuda_ratio', row['run_ratio']):.2f}"}
     return cells

@@ -1,8 +1,8 @@
 """One side of a benchmark in a process of its own: python -m cdvideo.evaluation.benchmark_side SIDE FILM.
 
 FILM is JSON with the fields of `Film`, or of `FilmBatch` for the sides that make several. The process loads the side,
-answers with a line of JSON, and then answers each line that it reads: {"do": "run", "save": PATH} makes the film,
-{"do": "count"} makes it once more and counts its operations. What goes wrong is an answer too: {"error": ...}.
+answers with a line of JSON, and then answers each line that it reads: {"do": "run", "seed": N, "save": PATH} makes a
+film, {"do": "count", "seed": N} makes one and counts its operations. What goes wrong is an answer too: {"error": ...}.
 
 A process of its own gives each side its own peak of memory. Both sides stay loaded, so that runs can alternate. Only
 our sides tell glibc to keep freed memory (cdvideo/cpu.py): that belongs to what is measured.
@@ -57,12 +57,12 @@ def ours(film: Film, speed: str) -> Run:
     keep_freed_memory()
     base, motion = load_ours(film)
 
-    def run() -> Any:
+    def run(seed: int) -> Any:
         return sample_video(
             base,
             motion,
             film.prompt,
-            seed=film.seed,
+            seed=seed,
             frames=film.frames,
             steps=film.steps,
             guidance=film.guidance,
@@ -79,15 +79,15 @@ def several(batch: FilmBatch, *, concepts: bool, at_once: bool) -> Run:
     keep_freed_memory()
     base, motion = load_ours(batch)
     loaded = load_concepts(base, batch, count=batch.films if concepts else 1)
-    films = [
-        VideoFilm(prompt=_fill_in(batch.prompt, concept), seed=batch.seed + index, concept=concept)
-        for index, concept in enumerate(loaded if concepts else loaded * batch.films)
-    ]
     settings = FilmSettings(
         frames=batch.frames, steps=batch.steps, guidance=batch.guidance, width=batch.width, height=batch.height
     )
 
-    def run() -> Any:
+    def run(seed: int) -> Any:
+        films = [
+            VideoFilm(prompt=_fill_in(batch.prompt, concept), seed=seed + index, concept=concept)
+            for index, concept in enumerate(loaded if concepts else loaded * batch.films)
+        ]
         latents = sample_latents(base, motion, films, settings, batch=batch.films if at_once else 1)
         return np.stack([latents_FCHW.float().cpu().numpy() for latents_FCHW in latents])
 
@@ -133,21 +133,20 @@ def load_ours(film: Film) -> tuple[Base, MotionModules]:
 def decode_ours(film: Film) -> Run:
     """Frames as sample_video decodes them."""
     keep_freed_memory()
-    base, latents_FCHW = load_to_decode(film)
-    return lambda: torch.inference_mode()(decode_frames)(base, latents_FCHW)
+    base, _ = load_ours(film)
+    return lambda seed: decode_frames(base, latents_to_decode(base, film, seed))
 
 
 def decode_peer(film: Film) -> Run:
-    base, latents_FCHW = load_to_decode(film)
-    return lambda: benchmark_peer.decode(base.vae, latents_FCHW)
-
-
-def load_to_decode(film: Film) -> tuple[Base, torch.Tensor]:
-    """The base, and latents of unit variance for every frame."""
     base, _ = load_ours(film)
+    return lambda seed: benchmark_peer.decode(base.vae, latents_to_decode(base, film, seed))
+
+
+def latents_to_decode(base: Base, film: Film, seed: int) -> Tensor:
+    """latents_FCHW of unit variance."""
     channels = base.unet.config.in_channels
-    noise_BFCHW = draw_noise([film.seed], (film.frames, channels, *latent_size(base, film.width, film.height)))
-    return base, noise_BFCHW[0].to(base.device, base.dtype)
+    noise_BFCHW = draw_noise([seed], (film.frames, channels, *latent_size(base, film.width, film.height)))
+    return noise_BFCHW[0].to(base.device, base.dtype)
 
 
 SIDES: dict[str, Callable[[Any], Run]] = {
@@ -164,7 +163,7 @@ BATCHES: dict[str, Callable[[Any], Run]] = {
 }
 
 
-def run_film(run: Run, save: str) -> Answer:
+def run_film(run: Run, save: str, seed: int) -> Answer:
     """Makes the film once: seconds, the most memory held while it was made, and the film in a file."""
     cuda = torch.cuda.is_initialized()
     if cuda:
@@ -172,7 +171,7 @@ def run_film(run: Run, save: str) -> Answer:
         torch.cuda.synchronize()
     before = _peak_begins()
     start = time.perf_counter()
-    made = run()
+    made = run(seed)
     seconds = time.perf_counter() - start  # it is on the host: nothing is left to wait for
     peak = peak_memory_bytes()
     np.save(save, made)
@@ -193,7 +192,7 @@ def _peak_begins() -> int | None:
     return peak_memory_bytes()
 
 
-def count_operations(run: Run) -> Answer:
+def count_operations(run: Run, seed: int) -> Answer:
     """Floating-point operations of one film as this side computes it, two for each multiply-add; without compiling."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -208,7 +207,7 @@ def count_operations(run: Run) -> Answer:
         torch.ops.mkldnn._linear_pointwise: linear,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.compiler.set_stance("force_eager"):
-        run()
+        run(seed)
     return {"flops": counter.get_total_flops()}
 
 
@@ -255,8 +254,10 @@ def main(side: str, film: Film, answers: Any) -> None:
     answer(load)
     for line in sys.stdin:
         asked = json.loads(line)
-        work = partial(run_film, runs[0], asked["save"]) if asked["do"] == "run" else partial(count_operations, runs[0])
-        answer(work)
+        if asked["do"] == "run":
+            answer(partial(run_film, runs[0], asked["save"], asked["seed"]))
+        else:
+            answer(partial(count_operations, runs[0], asked["seed"]))
 
 
 if __name__ == "__main__":

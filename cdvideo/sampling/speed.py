@@ -68,5 +68,5 @@ EXACT = Speed()
 PRESETS: dict[str, Speed] = {
     "exact": EXACT,
     "balanced": Speed(stride=0.3),
-    "fast": Speed(stride=0.5, guided_until=0.6),
+    "fast": Speed(stride=0.6, guided_until=0.7),
 }
