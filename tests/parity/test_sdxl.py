@@ -110,7 +110,7 @@ def test_films_equal_animatediff_sdxl_pipeline(
     tiny_sdxl: Base, motion: MotionModules, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[torch.Tensor] = []
-    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents, chunk: kept.append(latents))
+    monkeypatch.setattr("cdvideo.sampling.video.decode_frames", lambda _base, latents, **_: kept.append(latents))
     options: dict[str, Any] = {"width": 64, "height": 48, "negative_prompt": "snow"}
     sample_video(tiny_sdxl, motion, PROMPT, seed=5, frames=3, guidance=4.0, steps=3, **options)
     parts = {**peer_parts(tiny_sdxl), "unet": tiny_sdxl.unet}

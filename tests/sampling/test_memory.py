@@ -156,7 +156,8 @@ def test_every_cure_is_for_sdxl_too(sdxl_outline: Base) -> None:
     sizes = [total(needs) for _, needs in training_cures(sdxl_outline, config, on_gpu=True)]
     assert len(sizes) == 6 and sizes == sorted(sizes, reverse=True)
     film = AnimateConfig(prompt="a dog", frames=2, width=128, height=128)
-    assert [name for name, _ in film_cures(sdxl_outline, film, on_gpu=True)][1] == "--offload"
+    names = [name for name, _ in film_cures(sdxl_outline, film, on_gpu=True)]  # in half precision it is by now
+    assert names == ["--offload", "vae_tiling=true", "width=64 height=64"]
 
 
 @pytest.fixture(scope="module")
