@@ -47,7 +47,9 @@ FILMS: dict[str, tuple[int, Film, dict[str, Any]]] = {  # with the graphs that i
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("name", FILMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "plain" else pytest.mark.slow) for name in FILMS]
+)
 def test_every_kind_of_film_is_traced_whole(tiny_base: Base, tiny_motion: MotionModules, name: str) -> None:
     """Without a single break, which would be an error here."""
     graphs, film, options = FILMS[name]
@@ -58,6 +60,7 @@ def test_every_kind_of_film_is_traced_whole(tiny_base: Base, tiny_motion: Motion
     assert (found - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_the_next_film_finds_the_graph(tiny_base: Base, tiny_motion: MotionModules, tiny_concept: Concept) -> None:
     settings = replace(QUICK, speed=COMPILED)

@@ -151,6 +151,7 @@ def test_sdxl_s_training_takes_what_was_reckoned(
     assert reckoned == pytest.approx(took, rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_cure_is_for_sdxl_too(sdxl_outline: Base) -> None:
     config = dataclasses.replace(quick_sdxl("kv"), resolution=128)
     sizes = [total(needs) for _, needs in training_cures(sdxl_outline, config, on_gpu=True)]
