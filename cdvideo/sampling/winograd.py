@@ -40,9 +40,19 @@ def convolve(hidden_NCHW: Tensor, weight_OCYX: Tensor, bias_O: Tensor | None) ->
         return F.conv2d(hidden_NCHW, weight_OCYX, bias_O, padding=1)
     out, channels = weight_OCYX.shape[:2]
     weight_TCO = (WEIGHT_TK @ weight_OCYX.permute(0, 2, 3, 1).reshape(out, 9, channels)).permute(1, 2, 0)
-    high, wide = (-(-side // 4) for side in hidden_NCHW.shape[-2:])
-    parts = hidden_NCHW.split(max(1, AT_ONCE // (high * wide)))
-    return torch.cat([_by_tiles(part_NCHW, weight_TCO, bias_O, high, wide) for part_NCHW in parts])
+    height, width = hidden_NCHW.shape[-2:]
+    high, wide = (
+        -(-height // 4),
+        -(-width // 4),
+    )  # in tiles, which overlap the picture
+    padded_NHWC = F.pad(hidden_NCHW.permute(0, 2, 3, 1), (0, 0, 1, 1 + 4 * wide - width, 1, 1 + 4 * high - height))
+    count, rows = max(1, AT_ONCE // (high * wide)), max(1, AT_ONCE // wide)  # pictures, and rows of tiles, at once
+    made = []
+    for part_NHWC in padded_NHWC.split(count):
+        strips = (part_NHWC[:, 4 * row : 4 * (row + rows) + 2] for row in range(0, high, rows))
+        made.append(torch.cat([_by_tiles(strip_NHWC, weight_TCO) for strip_NHWC in strips], dim=1))
+    made_NHWO = torch.cat(made)[:, :height, :width]
+    return (made_NHWO if bias_O is None else made_NHWO.add_(bias_O)).permute(0, 3, 1, 2)
 
 
 def pays(hidden_NCHW: Tensor, weight_OCYX: Tensor) -> bool:
@@ -79,17 +89,13 @@ def _convolve_as(module: nn.Conv2d, hidden_NCHW: Tensor) -> Tensor:
     return convolve(hidden_NCHW, module.weight, module.bias)
 
 
-def _by_tiles(hidden_NCHW: Tensor, weight_TCO: Tensor, bias_O: Tensor | None, high: int, wide: int) -> Tensor:
-    """`high` and `wide`: tiles along each side; what they overlap the picture by is zeros, and cut off again."""
-    count, channels, height, width = hidden_NCHW.shape
-    padded_NHWC = F.pad(hidden_NCHW.permute(0, 2, 3, 1), (0, 0, 1, 1 + 4 * wide - width, 1, 1 + 4 * high - height))
+def _by_tiles(padded_NHWC: Tensor, weight_TCO: Tensor) -> Tensor:
+    """Pictures, or strips of them, of whole tiles with the margin that the outermost ones need."""
     tiles_NYXCHW = padded_NHWC.unfold(1, 6, 4).unfold(2, 6, 4)
+    count, high, wide, channels = tiles_NYXCHW.shape[:4]
     tiles_SR = tiles_NYXCHW.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)  # S: places in a tile; R: all else
     seen_TRC = (INPUT_TS @ tiles_SR).view(36, -1, channels)
     made_TRO = torch.bmm(seen_TRC, weight_TCO)
     made_SR = OUTPUT_ST @ made_TRO.flatten(1)
-    made_NHWO = (
-        made_SR.view(4, 4, count, high, wide, -1).permute(2, 3, 0, 4, 1, 5).reshape(count, 4 * high, 4 * wide, -1)
-    )
-    made_NHWO = made_NHWO[:, :height, :width]
-    return (made_NHWO if bias_O is None else made_NHWO.add_(bias_O)).permute(0, 3, 1, 2)
+    made_NHYWXO = made_SR.view(4, 4, count, high, wide, -1).permute(2, 3, 0, 4, 1, 5)
+    return made_NHYWXO.reshape(count, 4 * high, 4 * wide, -1)

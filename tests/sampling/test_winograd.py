@@ -17,7 +17,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "AT_ONCE", 4)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8, 8), (5, 6, 9, 14), (1, 3, 1, 1), (2, 4, 4, 3)])
+@pytest.mark.parametrize("shape", [(3, 8, 8, 8), (5, 6, 9, 14), (1, 3, 1, 1), (2, 4, 4, 3), (1, 5, 30, 7)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("narrow")
 def test_convolve(shape: tuple[int, ...], bias: bool) -> None:
