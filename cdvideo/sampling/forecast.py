@@ -7,15 +7,15 @@ from torch import Tensor
 from cdvideo.sampling.denoise import Predict
 from cdvideo.sampling.speed import Speed
 
-SLOPE = 0.5  # how much of the last slope a forecast follows
+DAMPING = 0.5  # each further step of a forecast follows the last slope by half as much as the one before it
 
 
 def forecasting(predict: Predict, speed: Speed, *, steps: int) -> Predict:
     """A model that is asked at `speed.computed_steps` only, and at the first two that come.
 
-    Forecasts are the first terms of a Taylor series, as TaylorSeer (arXiv 2503.06923) has them for features within the
-    model. The slope counts half: over as many steps as are left out here the whole of it overshoots (measured on the
-    embedded base at 10 of 25 steps: 25 dB, with half of it 31).
+    TaylorSeer (arXiv 2503.06923) continues features within the model along their last slope. Over as many steps as are
+    left out here that overshoots, so the slope is damped (as the trend of a time series, Gardner and McKenzie 1985).
+    Measured on the embedded base at 8 of 25 steps, four films: 25.2 dB; a slope of half its size all along has 24.7.
     """
     if speed.stride == 0:
         return predict
@@ -27,7 +27,8 @@ def forecasting(predict: Predict, speed: Speed, *, steps: int) -> Predict:
             answers.clear()
         if step not in computed and len(answers) == 2:
             (first, earlier), (second, later) = answers
-            return later + SLOPE * (step - second) / (second - first) * (later - earlier)
+            reach = DAMPING * (1 - DAMPING ** (step - second)) / (1 - DAMPING)
+            return later + reach / (second - first) * (later - earlier)
         answers.append((step, predict(latents, timestep, step)))
         del answers[:-2]
         return answers[-1][1]

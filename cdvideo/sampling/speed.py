@@ -68,5 +68,5 @@ EXACT = Speed()
 PRESETS: dict[str, Speed] = {
     "exact": EXACT,
     "balanced": Speed(stride=0.28),
-    "fast": Speed(stride=0.6, guided_until=0.7),
+    "fast": Speed(stride=0.6),
 }
