@@ -54,9 +54,10 @@ class DataConfig:
 class AdapterConfig:
     """What is learned: the token's own rows, and something in the UNet."""
 
-    kind: Literal["kv", "token", "unet", "lora"] = "kv"
-    """`kv`: K and V of every cross-attention (Custom Diffusion), which is all of the UNet that reads text. `token`:
-    nothing but the rows (Textual Inversion). `unet`: every weight (DreamBooth). `lora`: low-rank changes, with peft."""
+    kind: Literal["lora", "kv", "token", "unet"] = "lora"
+    """`lora`: low-rank changes of `targets`, with peft. `kv`: K and V of cross-attentions (Custom Diffusion), which
+    read text, and nothing else of the UNet: films can then turn the concept's strength up and down, and hold several
+    in one batch. `token`: nothing but the rows (Textual Inversion). `unet`: every weight (DreamBooth)."""
     keys: Literal["tuned", "locked"] = "tuned"
     """`locked` keeps K the base's, so that only V learns (after Perfusion). For `kv` alone."""
     num_rows: int = 1
@@ -71,8 +72,20 @@ class AdapterConfig:
     """LoRA: the rank of each change."""
     alpha: float = 8.0
     """LoRA: the change is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """LoRA: the layers that are changed, by the last parts of their names; these are all attentions."""
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "proj_in",
+        "proj_out",
+        "conv1",
+        "conv2",
+    )
+    """LoRA: the layers that are changed, by the last parts of their names. These are those of attentions, feed-forwards
+    and residual blocks; the first four, the attentions alone, learn the look of a thing less well."""
     dora: bool = False
     """LoRA: learn each output's magnitude apart from its direction (DoRA)."""
 
@@ -160,18 +173,18 @@ class OptimConfig:
 
     batch_size: int = 4
     """Pictures in a step."""
-    lr: float = 3e-4
-    """Learning rate of what is learned in the UNet: of K and V, for `adapter.kind=kv`."""
+    lr: float = 5e-4
+    """Learning rate of what is learned in the UNet. On the embedded base `adapter.kind=kv` wants 3e-4, `unet` 1e-4."""
     token_lr: float = 3e-3
     """Learning rate of the token's rows: a few numbers, which have to go further."""
     decay: float = 0.5
     """The share of the steps, at the end, over which both rates fall linearly to zero. With a few pictures the last
-    steps leave their own noise in K and V; smaller ones average it away, and pictures come out cleaner. 0: constant."""
+    steps leave their own noise behind; smaller ones average it away, and pictures come out cleaner. 0: constant."""
     weight_decay: float = 0.01
     """Pulls the change of the UNet's weights towards zero, that is towards the base. The rows are never decayed."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps the optimizer's state in 8 bits instead of 32, with bitsandbytes, on CUDA: 6 bytes less for
-    every weight that is learned. That is little for K and V, and 5 GB for `adapter.kind=unet` on Stable Diffusion 1."""
+    every weight that is learned. That is little for LoRA, and 5 GB for `adapter.kind=unet` on Stable Diffusion 1."""
     grad_clip: float = 1.0
     """The largest norm of the gradient of all that is learned."""
     gradient_checkpointing: bool = False

@@ -53,7 +53,8 @@ class FilmBatch(Film):
 
     films: int
     concepts: tuple[str, ...]
-    """A concept file for each film. None: concepts made from the embedded base's sample concept by chance."""
+    """A concept file for each film. None: concepts of K and V, made by chance
+    around the embedded base's sample concept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +141,7 @@ class ConceptsBenchmark(FilmBenchmark):
     """Films of a batch, with seed, seed + 1, ..."""
     concepts: str = ""
     """Concept files, separated by commas, one for each film. Without any, on the embedded base, as many as there are
-    films are made from its sample concept by chance."""
+    films are made by chance around its sample concept."""
 
     def __post_init__(self) -> None:
         FilmBenchmark.__post_init__(self)

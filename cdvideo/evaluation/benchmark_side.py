@@ -32,6 +32,7 @@ from cdvideo.base.loader import Base, load_base
 from cdvideo.cli import peak_memory_bytes
 from cdvideo.concept.concept import Concept, library_versions
 from cdvideo.concept.file import SAMPLE_CONCEPT
+from cdvideo.concept.kv import kv_projections
 from cdvideo.cpu import keep_freed_memory
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
@@ -99,20 +100,21 @@ def load_concepts(base: Base, batch: FilmBatch, *, count: int) -> list[Concept]:
     if batch.concepts:
         return [load_adapters(base, [(Path(name).expanduser(), 1.0)]) for name in batch.concepts[:count]]
     sample = load_adapters(base, [(SAMPLE_CONCEPT, 1.0)])
-    return [another_concept(sample, seed=index) for index in range(count)]
+    return [another_concept(base, sample, seed=index) for index in range(count)]
 
 
-def another_concept(concept: Concept, *, seed: int) -> Concept:
-    """Half as far from a concept as it is from its base: Gaussian noise on its rows and its changes to K and V."""
+def another_concept(base: Base, sample: Concept, *, seed: int) -> Concept:
+    """A concept of K and V by chance: Gaussian noise on the sample's rows, and changes as large as learned ones."""
     generator = torch.Generator().manual_seed(seed)
 
-    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator).to(tensor)
-            for name, tensor in tensors.items()
-        }
+    def noise(like: Tensor) -> Tensor:
+        return like.detach().float().std() * torch.randn(like.shape, generator=generator).to(like.device)
 
-    return dataclasses.replace(concept, tokens=moved(concept.tokens), weights=moved(concept.weights))
+    return Concept(
+        tokens={token: rows_KD + 0.5 * noise(rows_KD) for token, rows_KD in sample.tokens.items()},
+        weights={name: 0.08 * noise(linear.weight) for name, linear in kv_projections(base.unet).items()},
+        metadata=dataclasses.replace(sample.metadata, adapter="kv", adapter_settings={"keys": "tuned"}),
+    )
 
 
 def _fill_in(prompt: str, concept: Concept) -> str:

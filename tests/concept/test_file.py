@@ -19,7 +19,7 @@ from cdvideo.base.loader import Base
 from cdvideo.concept import file as concept_file
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.concept import Concept, public_base_name
-from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.config import AdapterConfig, ConceptConfig
 from cdvideo.concept.file import (
     PREVIEW_BYTES,
     find_concept,
@@ -35,6 +35,8 @@ from cdvideo.errors import UserError
 
 @pytest.fixture
 def concept(tiny_base: Base, config: ConceptConfig) -> Concept:
+    """Of K and V, whose few names can be told."""
+    config = dataclasses.replace(config, adapter=AdapterConfig(kind="kv"))
     learned = new_concept(tiny_base, config, make_adapter(tiny_base.unet, config.adapter, seed=0))
     with torch.no_grad():
         for delta in learned.weights.values():

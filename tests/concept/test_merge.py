@@ -48,7 +48,8 @@ def test_words_told_twice_are_no_trouble() -> None:
 
 
 def test_each_concept_s_words_are_read_as_it_learned(tiny_base: Base, config: ConceptConfig) -> None:
-    one, other = learned(tiny_base, config, "sks"), learned(tiny_base, config, "rex", keys="locked", kind="kv")
+    one = learned(tiny_base, config, "sks", kind="kv")
+    other = learned(tiny_base, config, "rex", keys="locked", kind="kv")
     merged = merge_concepts(tiny_base, [one, other])
     assert merged.metadata.class_words == {"sks": "dog", "rex": "dog"} and merged.tokens.keys() == {"sks", "rex"}
     assert merged.weights.keys() == one.weights.keys() and unfit_weights(tiny_base, merged) == []
