@@ -63,13 +63,22 @@ def make_adapter(unet: UNet2DConditionModel, config: AdapterConfig, *, seed: int
 
 
 @contextmanager
-def tuned(unet: UNet2DConditionModel, concept: Concept | None) -> Iterator[None]:
+def tuned(
+    unet: UNet2DConditionModel, concept: Concept | None, *, share: Callable[[str], float] | None = None
+) -> Iterator[None]:
     """Within the block the UNet acts as the concept has tuned it; afterwards it is bit-equal to what it was.
 
     The token's rows are not the UNet's matter: they go to `encode_text`.
+
+    Args:
+        share: of the change of a parameter of that name that acts; None is all of every one.
     """
     if concept is None or not concept.weights:
         yield
+    elif share is not None:
+        changes = {name: share(name) * change for name, change in parameter_changes(unet, concept).items()}
+        with replaced(unet, _sums(unet, changes)):
+            yield
     elif concept.metadata.adapter == "kv":
         with attached(unet, concept.weights):
             yield

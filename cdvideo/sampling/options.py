@@ -99,6 +99,11 @@ class Control:
         """Over the denoising, and over frames."""
         return parse_curve(self.concept_strength, percent=True), parse_curve(self.concept_frames)
 
+    def share_of(self, layer: str) -> float:
+        """The concept's strength in a layer's part of the UNet."""
+        parts = {"down": self.concept_down, "mid": self.concept_mid, "up": self.concept_up}
+        return parts.get(layer.split("_")[0], 1.0)  # 1 in the first and the last convolution
+
     @property
     def concept_is_whole(self) -> bool:
         """Whether the concept acts as it was trained, everywhere."""

@@ -70,11 +70,6 @@ class FilmPrompts:
                 weights_FR[row, count - len(self.keys) + key] = weight
         return weights_FR
 
-    def share_of(self, layer: str) -> float:
-        """The concept's strength in the layer's part of the UNet."""
-        places = {"down": self.control.concept_down, "mid": self.control.concept_mid, "up": self.control.concept_up}
-        return places[layer.split("_")[0]]
-
 
 def compile_film(
     base: Base,
@@ -106,14 +101,11 @@ def class_in_place(base: Base, concept: Concept | None) -> Concept:
     a prompt stays where it is.
 
     Raises:
-        UserError: no concept, one that tunes more than text, K and V, or one whose class nobody knows.
+        UserError: no concept, or one whose class nobody knows.
     """
-    allowed = "a concept of token, K and V that knows its class word"
+    allowed = "a concept that knows its class word"
     if concept is None:
         raise UserError("a strength for a concept where there is none", allowed=allowed, do="name one with --concept")
-    if concept.weights and concept.metadata.adapter != "kv":
-        do = "give the file a weight that holds all along: --concept FILE:WEIGHT"
-        raise UserError(f"a changing strength for a concept of kind {concept.metadata.adapter}", allowed=allowed, do=do)
     tables = [encoder.get_input_embeddings().weight for encoder in base.text_encoders.values()]
     tokens = {}
     for token, rows_KD in concept.tokens.items():
@@ -136,7 +128,13 @@ def read_films(films: Sequence[FilmPrompts], *, guided: bool, done: float, frame
 
     def read(pick: Callable[[PromptKV], Tensor], layer: str | None = None) -> Tensor:
         rows = [
-            film.read(pick, 1.0 if layer is None else film.share_of(layer), negative=negative, done=done, frames=frames)
+            film.read(
+                pick,
+                1.0 if layer is None else film.control.share_of(layer),
+                negative=negative,
+                done=done,
+                frames=frames,
+            )
             for negative in ([True, False] if guided else [False])
             for film in films
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,12 @@ from cdvideo.base.latents import DECODE_CHUNK, decode_latents
 from cdvideo.base.loader import Base
 from cdvideo.base.offload import at_work
 from cdvideo.base.schedule import SamplerName, make_scheduler
-from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
-from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import DeepFeature, VideoUNet
 from cdvideo.sampling.compiled import compiled
 from cdvideo.sampling.denoise import Predict, Start, denoise, guided, latent_size
+from cdvideo.sampling.folded import folded_concept
 from cdvideo.sampling.forecast import forecasting
 from cdvideo.sampling.motion_strength import moving
 from cdvideo.sampling.noise import film_noise, reinitialised
@@ -211,6 +210,9 @@ def _window_model(
         )
         for film in films
     ]
+    folded = folded_concept(films, compiled=speed.compiled)
+    if folded is not None and folded.varies:  # these two make something of the weights once
+        speed = replace(speed, time_table=False, upsampling=False)
     moves = [film.control.motion_curve for film in films]
     varies = any(each.varies for each in prompts)
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
@@ -225,9 +227,10 @@ def _window_model(
             films_BFCHW = latents_BFCHW[: len(films)] if alone or (both and shared_prefix) else latents_BFCHW
             films_BFCHW, timestep = films_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
             with ExitStack() as held:
-                now = steady
+                now, done = steady, step / max(settings.steps - 1, 1)
+                if folded is not None and folded.varies:
+                    held.enter_context(folded.acting(base.unet, done=done))
                 if varies:
-                    done = step / max(settings.steps - 1, 1)
                     now = read_films(prompts, guided=with_guidance, done=done, frames=shown)
                 if alone:
                     now = now.half(1)
@@ -245,7 +248,7 @@ def _window_model(
 
     with (
         at_work(base.device, base.unet, video_unet.motion),
-        tuned(base.unet, _folded_concept(films)),
+        nullcontext() if folded is None or folded.varies else folded.acting(base.unet, done=0),
         reading(base.unet, steady),
     ):
         table = None
@@ -266,18 +269,6 @@ def _deep_feature(
     if step % speed.deep_every == 0 or key not in kept:
         kept[key] = DeepFeature(speed.deep_layers)
     return kept[key]
-
-
-def _folded_concept(films: Sequence[Film]) -> Concept | None:
-    """The concept that has to be in the UNet itself while these films are made: one that changes more than K and V."""
-    folded = [film.concept for film in films if film.concept and film.concept.metadata.adapter not in ("kv", "token")]
-    if folded and any(film.concept is not folded[0] for film in films):
-        raise UserError(
-            f"films of different concepts in one batch, one of them of kind {folded[0].metadata.adapter}",
-            allowed="concepts of token, K and V in one batch; one set of weights can hold one concept of another kind",
-            do="choose a batch of 1",
-        )
-    return folded[0] if folded else None
 
 
 def decode_frames(

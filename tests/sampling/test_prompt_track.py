@@ -109,11 +109,6 @@ def test_strength_that_can_not_be_given_is_refused(tiny_base: Base, tiny_concept
     part = Control(concept_strength="0.5")
     with pytest.raises(UserError, match=r"where there is none[\s\S]*--concept"):
         compiled(tiny_base, {0: "a dog"}, control=part)
-    lora = Concept(
-        tiny_concept.tokens, {"x": torch.ones(1)}, dataclasses.replace(tiny_concept.metadata, adapter="lora")
-    )
-    with pytest.raises(UserError, match=r"of kind lora[\s\S]*FILE:WEIGHT"):
-        class_in_place(tiny_base, lora)
     nameless = dataclasses.replace(tiny_concept.metadata, class_words={"sks": ""})
     with pytest.raises(UserError, match="'sks', whose class is not known"):
         class_in_place(tiny_base, Concept(tiny_concept.tokens, {}, nameless))
