@@ -14,7 +14,7 @@ and `unet` may hold weights for it, whose names begin with `text_encoder.text_mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ def make_adapter(unet: UNet2DConditionModel, config: AdapterConfig, *, seed: int
             for name, parameter in unet.named_parameters()
         }
         changes = {name: deltas[delta_name(name)] for name, _ in unet.named_parameters()}
-        return Adapter(deltas, lambda: replaced(unet, _sums(unet, changes)))
+        return Adapter(deltas, lambda: replaced(unet, _sums(unet, changes.items())))
     if config.kind == "lora":
         layers = lora_layers(unet, config, seed=seed)
         return Adapter(lora_factors(layers), lambda: layers_in_place(unet, layers))
@@ -76,7 +76,7 @@ def tuned(
     if concept is None or not concept.weights:
         yield
     elif share is not None:
-        changes = {name: share(name) * change for name, change in parameter_changes(unet, concept).items()}
+        changes = ((name, share(name) * change) for name, change in _each_change(unet, concept, "unet."))
         with replaced(unet, _sums(unet, changes)):
             yield
     elif concept.metadata.adapter == "kv":
@@ -93,7 +93,7 @@ def tuned_text(base: Base, concept: Concept | None) -> Iterator[None]:
     with ExitStack() as stack:
         if concept is not None:
             for prefix, encoder in text_models(base).items():
-                stack.enter_context(replaced(encoder, _sums(encoder, _changes(encoder, concept, prefix))))
+                stack.enter_context(replaced(encoder, _sums(encoder, _each_change(encoder, concept, prefix))))
         yield
 
 
@@ -102,12 +102,12 @@ def changed_parameters(unet: UNet2DConditionModel, concept: Concept) -> dict[str
 
     In the base's precision; the sums are made in float32.
     """
-    return _sums(unet, parameter_changes(unet, concept))
+    return _sums(unet, _each_change(unet, concept, "unet."))
 
 
 def parameter_changes(unet: UNet2DConditionModel, concept: Concept) -> dict[str, Tensor]:
     """What the concept adds to the UNet's parameters, by their names in the UNet; gradients reach its weights."""
-    return _changes(unet, concept, "unet.")
+    return dict(_each_change(unet, concept, "unet."))
 
 
 def text_changes(base: Base, concept: Concept) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def text_changes(base: Base, concept: Concept) -> dict[str, Tensor]:
     return {
         delta_name(name, prefix): change
         for prefix, encoder in text_models(base).items()
-        for name, change in _changes(encoder, concept, prefix).items()
+        for name, change in _each_change(encoder, concept, prefix)
     }
 
 
@@ -182,10 +182,6 @@ def _split(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
         yield path, leaf, tensor
 
 
-def _changes(model: nn.Module, concept: Concept, prefix: str) -> dict[str, Tensor]:
-    return dict(_each_change(model, concept, prefix))
-
-
 def _each_change(model: nn.Module, concept: Concept, prefix: str) -> Iterator[tuple[str, Tensor]]:
     weights = {name: tensor for name, tensor in concept.weights.items() if name.startswith(prefix)}
     parameters = dict(model.named_parameters())
@@ -199,12 +195,10 @@ def _each_change(model: nn.Module, concept: Concept, prefix: str) -> Iterator[tu
         yield name, merged_weight(parameters[name], weights, layer, alpha=alpha) - parameters[name].float()
 
 
-def _sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters plus their changes, in the parameters' precision."""
+def _sums(model: nn.Module, changes: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Parameters plus their changes, made one after the other, in the parameters' precision."""
     parameters = dict(model.named_parameters())
-    return {
-        name: (parameters[name].float() + change.float()).to(parameters[name].dtype) for name, change in changes.items()
-    }
+    return {name: (parameters[name].float() + change.float()).to(parameters[name].dtype) for name, change in changes}
 
 
 def _fits_layer(layers: Mapping[str, nn.Module], name: str, factor: Tensor) -> bool:

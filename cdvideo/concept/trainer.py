@@ -107,7 +107,7 @@ def train_concept(
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
     with deferred_interrupt() as interrupted, bar:
         if start == 0:
-            run.log({"step": 0, **_drift_metrics(base, concept, drift, step=0)})
+            run.log({"step": 0, **_drift_metrics(base, adapter, concept, drift, step=0)})
             _draw(sample, concept, config, run, step=0)
         for step in range(start + 1, config.steps + 1):
             generator = _step_generator(config.seed, step)
@@ -157,7 +157,7 @@ def train_concept(
                 _keep_norm(base, concept)
 
             metrics = {f"loss_{name}": value.item() for name, value in losses.items()}
-            metrics |= _drift_metrics(base, concept, drift, step=step)
+            metrics |= _drift_metrics(base, adapter, concept, drift, step=step)
             run.log({"step": step, **metrics})
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss")})
             bar.update()
@@ -262,9 +262,10 @@ def _keep_norm(base: Base, concept: Concept) -> None:
 
 
 @torch.no_grad()
-def _drift_metrics(base: Base, concept: Concept, drift: DriftMeter, *, step: int) -> dict[str, float]:
+def _drift_metrics(base: Base, adapter: Adapter, concept: Concept, drift: DriftMeter, *, step: int) -> dict[str, float]:
     """At steps to measure at: where the concept stands, and how far the UNet's weights have moved from the base's."""
-    measured = drift.measure(concept, step)
+    with adapter.attached():  # so that no second set of weights, with a LoRA in them, is made for it
+        measured = drift.measure(dataclasses.replace(concept, weights={}), step)
     return {**measured, "weight_change": squared_change(base.unet, concept).sqrt().item()} if measured else {}
 
 

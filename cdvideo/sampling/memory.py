@@ -40,9 +40,18 @@ def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
     if config.sample.every:
         prompts = len(config.sample.prompts) * len(config.phrases)
         drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance, chunk=1)
-        needs["drawing contact sheets"] = standing + learned + drawing["denoising"]
+        needs["drawing contact sheets"] = standing + learned + _folded_bytes(base, config) + drawing["denoising"]
         needs["decoding contact sheets"] = standing + learned + vae + drawing["decoding"]
     return needs
+
+
+def _folded_bytes(base: Base, config: ConceptConfig) -> int:
+    """Bytes of the UNet's weights of which a second set is made to draw with a concept: those that it changes, but for
+    K and V."""
+    kind, endings = config.adapter.kind, tuple(f".{target}.weight" for target in config.adapter.targets)
+    parameters = base.unet.named_parameters()
+    folded = [p for name, p in parameters if kind == "unet" or (kind == "lora" and name.endswith(endings))]
+    return sum(parameter.numel() * parameter.element_size() for parameter in folded)
 
 
 def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, int]:

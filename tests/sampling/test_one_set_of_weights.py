@@ -29,10 +29,10 @@ LARGE = 2000  # numbers in a weight that is looked for; smaller ones, such as no
 def copies(base: Base) -> dict[str, int]:
     """In how many places of memory each large weight of the base lies, in whatever tensor and precision."""
     weights = {
-        f"{part}.{name}": weight.detach()
+        f"{part}.{name}".replace(".base_layer", ""): weight.detach()  # within peft's layers
         for part in ("unet", "vae", "text_encoder")
         for name, weight in getattr(base, part).named_parameters()
-        if weight.numel() >= LARGE
+        if weight.numel() >= LARGE and "lora_" not in name
     }
     with torch.no_grad():
         kinds = (tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor))
