@@ -21,8 +21,8 @@ from cdvideo.concept.trainer import train_concept
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.errors import UserError
 from cdvideo.evaluation.benchmark import TimedRun, surroundings
+from cdvideo.evaluation.benchmark_config import MEMORY_RESULT, MemoryConfig
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15
-from cdvideo.evaluation.benchmark_memory import RESULT, MemoryConfig
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.sd15 import write_configs
 from cdvideo.media.images import Picture
@@ -37,7 +37,7 @@ SKIPPED = 2  # steps at the beginning, in which kernels are chosen and memory is
 
 
 def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Measures, and writes config.out / RESULT."""
+    """Measures, and writes config.out / MEMORY_RESULT."""
     device = pick_device(config.device)
     if device.type == "cpu" and not CLEAR_REFS.exists():
         raise UserError(
@@ -77,7 +77,7 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
     result |= {"resolution": config.resolution or base.resolution, "batch": concept.optim.batch_size}
     result |= {"frames": config.frames, "offload": config.offload, "settings": list(config.settings)}
     result |= surroundings(base)
-    with atomic_path(config.out / RESULT) as part:
+    with atomic_path(config.out / MEMORY_RESULT) as part:
         part.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

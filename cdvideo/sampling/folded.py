@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from diffusers import UNet2DConditionModel
 
@@ -13,9 +12,6 @@ from cdvideo.concept.adapters import tuned
 from cdvideo.concept.concept import Concept
 from cdvideo.errors import UserError
 from cdvideo.sampling.options import Control
-
-if TYPE_CHECKING:
-    from cdvideo.sampling.video import Film
 
 
 @dataclass(frozen=True)
@@ -40,32 +36,30 @@ class Folded:
             yield
 
 
-def folded_concept(films: Sequence[Film], *, compiled: bool) -> Folded | None:
+def folded_concept(films: Sequence[tuple[Concept | None, Control]], *, compiled: bool) -> Folded | None:
     """The concept that has to be in the UNet itself while these films are made: one that changes more than K and V.
 
     Raises:
         UserError: films that want different weights of the UNet at once, or at a step of a compiled one.
     """
-    folded = [film for film in films if film.concept and film.concept.metadata.adapter not in ("kv", "token")]
+    folded = [(each, how) for each, how in films if each is not None and each.metadata.adapter not in ("kv", "token")]
     if not folded:
         return None
-    first = folded[0]
-    assert first.concept is not None
-    kind = first.concept.metadata.adapter
-    if any(film.concept is not first.concept for film in films):
+    concept, control = folded[0]
+    kind, found = concept.metadata.adapter, Folded(concept, control)
+    if any(each is not concept for each, _ in films):
         raise UserError(
             f"films of different concepts in one batch, one of them of kind {kind}",
             allowed="concepts of token, K and V in one batch; one set of weights can hold one concept of another kind",
             do="choose a batch of 1",
         )
-    found = Folded(first.concept, first.control)
-    if any(film.control != first.control for film in films) and not all(f.control.concept_is_whole for f in films):
+    if any(how != control for _, how in films) and not all(how.concept_is_whole for _, how in films):
         raise UserError(
             f"films of different strengths of a concept of kind {kind} in one batch",
             allowed="one strength in a batch, since it is in the UNet's weights",
             do="choose a batch of 1",
         )
-    if not first.control.concept_curves[1].constant:
+    if not control.concept_curves[1].constant:
         raise UserError(
             f"a strength that changes over frames, for a concept of kind {kind}",
             allowed="over frames a concept of token, K and V, which the frames read one by one; over steps any",

@@ -210,7 +210,7 @@ def _window_model(
         )
         for film in films
     ]
-    folded = folded_concept(films, compiled=speed.compiled)
+    folded = folded_concept([(film.concept, film.control) for film in films], compiled=speed.compiled)
     if folded is not None and folded.varies:  # these two make something of the weights once
         speed = replace(speed, time_table=False, upsampling=False)
     moves = [film.control.motion_curve for film in films]

@@ -65,8 +65,8 @@ def test_exact_and_plain_blocks_agree_while_the_weights_change(
 
 
 def test_what_one_set_of_weights_can_not_hold_is_refused(lora: Concept) -> None:
-    def asked(strength: str = "1", concept: Concept = lora, **control: Any) -> Film:
-        return Film(prompt="a dog", seed=0, concept=concept, control=Control(concept_strength=strength, **control))
+    def asked(strength: str = "1", concept: Concept = lora, **control: Any) -> tuple[Concept, Control]:
+        return concept, Control(concept_strength=strength, **control)
 
     other = dataclasses.replace(lora)
     assert folded_concept([asked(), asked()], compiled=True) == Folded(lora, Control())
