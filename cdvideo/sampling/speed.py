@@ -64,7 +64,7 @@ PLAIN = Speed(  # the reference: every block as diffusers computes it
 )
 EXACT = Speed()
 # Measured on the embedded base, 16 frames, 25 DDIM steps, fp32, five films of "a dog wearing headphones surfing"
-# against diffusers' (scripts/benchmark.py sampler): 34.0 dB (31.3 to 34.4), and 22.6 dB (20.3 to 23.9).
+# against diffusers' (scripts/benchmark.py sampler): 33.5 dB (32.1 to 33.9), and 24.4 dB (22.5 to 25.4).
 PRESETS: dict[str, Speed] = {
     "exact": EXACT,
     "balanced": Speed(stride=0.28),
