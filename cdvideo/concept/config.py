@@ -56,8 +56,9 @@ class AdapterConfig:
 
     kind: Literal["lora", "kv", "token", "unet"] = "lora"
     """`lora`: low-rank changes of `targets`, with peft. `kv`: K and V of cross-attentions (Custom Diffusion), which
-    read text, and nothing else of the UNet: films can then turn the concept's strength up and down, and hold several
-    in one batch. `token`: nothing but the rows (Textual Inversion). `unet`: every weight (DreamBooth)."""
+    read text, and nothing else of the UNet: its strength can then change over a film's frames too, and films of several
+    such concepts be made in one batch. `token`: nothing but the rows (Textual Inversion). `unet`: every weight
+    (DreamBooth)."""
     keys: Literal["tuned", "locked"] = "tuned"
     """`locked` keeps K the base's, so that only V learns (after Perfusion). For `kv` alone."""
     num_rows: int = 1
