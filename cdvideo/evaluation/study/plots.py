@@ -27,6 +27,8 @@ LOGGED = {
     "attention_concept": "attention on the concept token",
 }
 SMOOTHED = 25  # steps
+SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))  # of a point; off its bars first
+LEADER = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}  # from a name to its point
 STYLES = [(f"C{i}", line) for line in ("-", ":", "-.") for i in range(10)]  # by method: colour and line
 
 
@@ -34,21 +36,23 @@ def pareto(config: StudyConfig, table: Mapping[str, Mapping[str, Figure]]) -> by
     """Composition against identity: a point for each method with its intervals; methods of a line are joined."""
     plot, (axes,) = _panels(1, width=9, height=6)
     lines: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, tuple[float, float]] = {}
     for i, method in enumerate(config.methods):
         x, y = table[method.name]["identity"], table[method.name]["composition"]
         colour, marker = STYLES[i % 30][0], "os^"[i // 10 % 3] if method.source == "trained" else "*"
         axes.errorbar(
             [x.value], [y.value], xerr=_bars(x), yerr=_bars(y), fmt=marker, color=colour, elinewidth=0.7, capsize=2
         )
-        axes.annotate(method.name, (x.value, y.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        points[method.name] = (x.value, y.value)
         if method.line:
-            lines.setdefault(method.line, []).append((x.value, y.value))
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), "-", color="grey", linewidth=0.8, zorder=0, label=name)
+            lines.setdefault(method.line, []).append(points[method.name])
+    for name, joined in lines.items():
+        axes.plot(*zip(*joined, strict=True), "-", color="grey", linewidth=0.8, zorder=0, label=name)
     if lines:
         axes.legend(fontsize=8)
     axes.set_xlabel("identity: mean cosine to the concept's pictures")
     axes.set_ylabel("composition: all that was asked for is there, %")
+    _label(plot, axes, points)
     return _svg(plot)
 
 
@@ -106,13 +110,37 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Plot, Sequence[
         ) from error
     columns = min(count, 3)
     rows = -(-count // columns)
-    plot = Plot(figsize=(width * columns, height * rows), layout="constrained")
+    plot = Plot(figsize=(width * columns, height * rows), dpi=72, layout="constrained")  # as SVG has it
     grid = plot.subplots(rows, columns, squeeze=False).flatten()
     for spare in grid[count:]:
         spare.set_axis_off()
     for axes in grid[:count]:
         axes.grid(alpha=0.3)
     return plot, list(grid[:count])
+
+
+def _label(plot: Plot, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each name as near its point as it is clear of the other names and points; lengths are in pixels."""
+    from matplotlib.transforms import Bbox
+
+    plot.draw_without_rendering()  # so that all stands where it will be
+    frame, centres = axes.get_window_extent(), axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
+    for (name, point), centre in zip(points.items(), centres, strict=True):
+        label = axes.annotate(
+            name, point, (0, 0), textcoords="offset pixels", ha="center", va="center", fontsize=8, arrowprops=LEADER
+        )
+        size = np.array(label.get_window_extent().size)
+        tried = []
+        for distance in (3, 6, 12, 20, 30, 45, 60):
+            for direction in SIDES:
+                away = (distance + size / 2) * np.array(direction)
+                box = Bbox([centre + away - size / 2, centre + away + size / 2])
+                outside = not (frame.contains(*box.min) and frame.contains(*box.max))
+                tried.append((box.count_overlaps(taken) + 10 * outside, distance, away, box))
+        _, _, away, box = min(tried, key=lambda place: place[:2])
+        label.set_position(away)
+        taken.append(box)
 
 
 def _svg(plot: Plot) -> bytes:
