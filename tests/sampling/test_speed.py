@@ -205,9 +205,9 @@ def test_every_exact_switch_leaves_the_film(
 APPROXIMATE = {
     "deep": Speed(deep_every=2),
     "deep layers": Speed(deep_every=2, deep_layers=2),
-    "forecast": Speed(stride=0.6),
+    "forecast": PRESETS["fast"],
     "guided": Speed(guided_until=0.5),
-    "all": Speed(stride=0.6, deep_every=3, guided_until=0.7),
+    "all": replace(PRESETS["fast"], deep_every=3),
 }
 
 
@@ -226,19 +226,31 @@ def test_without_guidance_in_any_step_it_is_guidance_one(tiny_base: Base, tiny_m
 
 def test_computed_steps() -> None:
     assert EXACT.computed_steps(5) == [0, 1, 2, 3, 4]
-    assert Speed(stride=0.6).computed_steps(25) == [0, 1, 2, 3, 5, 8, 13, 21]
+    assert Speed(asked=(0, 0.04, 0.08, 0.16, 0.24, 0.36, 0.56, 0.84)).computed_steps(25) == [0, 1, 2, 4, 6, 9, 14, 21]
+    assert Speed(asked=(0, 0.1, 0.2, 0.9)).computed_steps(4) == [0, 1, 3]
+    for speed in PRESETS.values():
+        assert all(speed.computed_steps(steps)[-1] < steps for steps in range(1, 60))
 
 
-def test_forecasts_follow_a_damped_slope() -> None:
+def test_forecasts_go_on_along_the_latents_and_damp_the_rest() -> None:
+    """Two films of two numbers: what is along the latents grows by 2 and by 1 in each step, what is across by 4."""
+    latents_BN = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    slope_BN = torch.tensor([[2.0, 4.0], [4.0, 1.0]])
+
     def predict(_latents: Tensor, _timestep: Tensor, step: int) -> Tensor:
-        return torch.tensor(2.0 * step)
+        return slope_BN * step
 
-    nothing, model = torch.zeros(1), forecasting(predict, Speed(stride=0.6), steps=8)
+    model = forecasting(predict, Speed(asked=(0, 0.125, 0.5)), steps=8)
     for _film in range(2):
-        found = [model(nothing, nothing, step).item() for step in range(8)]
-        assert found == [0, 2, 4, 6, 7, 10, 11, 11.5]  # asked at steps 0, 1, 2, 3 and 5
-    late = [model(nothing, nothing, step).item() for step in range(4, 8)]
-    assert late[:2] == [8, 10], "the first two that come are asked"
+        found = [model(latents_BN, latents_BN, step) for step in range(8)]
+        for step, answer_BN in enumerate(found):
+            last = max(asked for asked in (0, 1, 4) if asked <= step)
+            damped = 4 * (last + sum(0.25**ahead for ahead in range(1, step - last + 1)))
+            torch.testing.assert_close(answer_BN, torch.tensor([[2.0 * step, damped], [damped, 1.0 * step]]))
+    late = [model(latents_BN, latents_BN, step) for step in range(2, 8)]
+    assert torch.equal(torch.stack(late[:3]), slope_BN * torch.tensor([2, 3, 4])[:, None, None]), (
+        "the first two are asked"
+    )
 
 
 def test_what_is_left_out(tiny_base: Base, tiny_motion: MotionModules) -> None:
@@ -251,8 +263,8 @@ def test_what_is_left_out(tiny_base: Base, tiny_motion: MotionModules) -> None:
     film(tiny_base, tiny_motion, Speed(deep_every=2, guided_until=0.7), frames=2)
     assert (outer, inner) == ([4, 4, 4, 4, 4, 2], [4, 4, 4, 2])  # the last step is the first without guidance
     outer.clear()
-    film(tiny_base, tiny_motion, Speed(stride=0.6), frames=2)
-    assert len(outer) == len(Speed(stride=0.6).computed_steps(6)) == 5
+    film(tiny_base, tiny_motion, PRESETS["fast"], frames=2)
+    assert len(outer) == len(PRESETS["fast"].computed_steps(6)) == 5
 
 
 def test_concepts_in_one_batch_are_each_as_alone(
