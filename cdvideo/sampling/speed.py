@@ -66,5 +66,5 @@ EXACT = Speed()
 PRESETS: dict[str, Speed] = {
     "exact": EXACT,
     "balanced": Speed(asked=(0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.52, 0.68, 0.88)),
-    "fast": Speed(asked=(0, 0.04, 0.08, 0.16, 0.24, 0.36, 0.56, 0.84), guided_until=0.7),
+    "fast": Speed(asked=(0, 0.04, 0.08, 0.16, 0.24, 0.36, 0.56, 0.84)),
 }
