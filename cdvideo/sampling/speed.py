@@ -62,7 +62,7 @@ PLAIN = Speed(  # the reference: every block as diffusers computes it
 )
 EXACT = Speed()
 # Measured on the embedded base, 16 frames, 25 DDIM steps, fp32, five films of "a dog wearing headphones surfing"
-# against diffusers' (scripts/benchmark.py sampler): 33.5 dB (32.1 to 33.9), and 24.4 dB (22.5 to 25.4).
+# against diffusers' (scripts/benchmark.py sampler): 34.0 dB (32.7 to 34.6), and 25.4 dB (23.8 to 27.7).
 PRESETS: dict[str, Speed] = {
     "exact": EXACT,
     "balanced": Speed(asked=(0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.52, 0.68, 0.88)),
