@@ -27,7 +27,7 @@ LOGGED = {
     "attention_concept": "attention on the concept token",
 }
 SMOOTHED = 25  # steps
-SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))  # of a point; off its bars first
+SIDES = [(x, y) for x in (1, -1) for y in (1, -1, 0.4, -0.4)] + [(x, y) for y in (1, -1) for x in (0.4, -0.4)]
 LEADER = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}  # from a name to its point
 STYLES = [(f"C{i}", line) for line in ("-", ":", "-.") for i in range(10)]  # by method: colour and line
 
@@ -52,7 +52,7 @@ def pareto(config: StudyConfig, table: Mapping[str, Mapping[str, Figure]]) -> by
         axes.legend(fontsize=8)
     axes.set_xlabel("identity: mean cosine to the concept's pictures")
     axes.set_ylabel("composition: all that was asked for is there, %")
-    _label(plot, axes, points)
+    _label(plot, axes, dict(sorted(points.items(), key=lambda named: -named[1][0])))  # names reach to the right
     return _svg(plot)
 
 
@@ -132,8 +132,8 @@ def _label(plot: Plot, axes: Axes, points: Mapping[str, tuple[float, float]]) ->
         )
         size = np.array(label.get_window_extent().size)
         tried = []
-        for distance in (3, 6, 12, 20, 30, 45, 60):
-            for direction in SIDES:
+        for distance in range(3, 60, 3):
+            for direction in SIDES:  # of the point
                 away = (distance + size / 2) * np.array(direction)
                 box = Bbox([centre + away - size / 2, centre + away + size / 2])
                 outside = not (frame.contains(*box.min) and frame.contains(*box.max))
