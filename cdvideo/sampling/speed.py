@@ -46,9 +46,9 @@ class Speed:
 
     def computed_steps(self, steps: int) -> list[int]:
         """The steps at which the model is asked."""
-        return (
-            sorted({min(round(share * steps), steps - 1) for share in self.asked}) if self.asked else list(range(steps))
-        )
+        if not self.asked:
+            return list(range(steps))
+        return sorted({min(round(share * steps), steps - 1) for share in self.asked})
 
 
 PLAIN = Speed(  # the reference: every block as diffusers computes it
