@@ -8,6 +8,9 @@ Two kinds of fault, two kinds of exception:
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -28,3 +31,7 @@ class UserError(ValueError):
         self.given = given
         self.allowed = allowed
         self.do = do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it reaches another process whole."""
+        return partial(UserError, allowed=self.allowed, do=self.do), (self.given,)

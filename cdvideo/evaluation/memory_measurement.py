@@ -121,7 +121,7 @@ def _training(base: Base, pictures: Sequence[Picture], config: ConceptConfig, ne
         with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "timed") as run:
             timed = TimedRun(run.folder, run.lock)
             train_concept(base, pictures, config, timed, quiet=True)
-            times.extend(timed.times)
+            times.extend(timed.ends)
 
     standing = weight_bytes(base.unet, base.vae, base.text_encoder)
     return {**_peak(base.device, standing, train, needs), "seconds_a_step": _median_gap(times)}

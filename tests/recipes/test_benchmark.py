@@ -53,3 +53,11 @@ def test_memory_is_measured_beside_its_estimate(
         assert result[part]["estimate"] > max(result[part]["phases"].values()) > 0
     told = capsys.readouterr().out
     assert "training: " in told and "film: " in told and "estimated" in told
+
+
+def test_a_training_that_fails_does_not_leave_its_peer_waiting(
+    tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--base", str(tiny_base_folder), "--pairs", "2", "--out", str(tmp_path), "steps=20"]
+    assert run_main(main, ["training-step", *flags, "settings=[optim.lr=1e30,optim.token_lr=1e30]"]) == 2
+    assert "diverged" in capsys.readouterr().err and not list(tmp_path.glob("*.json"))
