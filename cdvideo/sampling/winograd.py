@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNELS = 256  # from here on it pays: 1.7 to 2.2 x on two cores at 320 to 1920 channels; at 96 to 288 it does not
-TILES = 128  # at 64 tiles and 1280 channels, transforming the weights takes what the products save
+CHANNELS = 256  # from here on it pays: 1.5 to 2.2 x on two cores at 256 to 2560 channels; at 96 to 288 it does not
+PIXELS = 256  # of output: with half of them, transforming the weights takes what the products save
 AT_ONCE = 256  # tiles: as many as make good products, and little memory
+KEPT = 2**23 - 2**17  # numbers: a little less than the 32 MB of which malloc, on Linux, keeps what is freed (cpu.py)
 
 # B^T, G and A^T of the paper, for both axes at once: 36 numbers of a tile from its 6x6 pixels, and so on.
 _INPUT = torch.tensor([
@@ -38,20 +40,21 @@ def convolve(hidden_NCHW: Tensor, weight_OCYX: Tensor, bias_O: Tensor | None) ->
     """A 3x3 convolution with stride and padding 1, in whichever way is faster. Both agree within 1e-4 of the spread."""
     if not pays(hidden_NCHW, weight_OCYX):
         return F.conv2d(hidden_NCHW, weight_OCYX, bias_O, padding=1)
+    count, _, height, width = hidden_NCHW.shape
     out, channels = weight_OCYX.shape[:2]
-    weight_TCO = (WEIGHT_TK @ weight_OCYX.permute(0, 2, 3, 1).reshape(out, 9, channels)).permute(1, 2, 0)
-    height, width = hidden_NCHW.shape[-2:]
-    high, wide = (
-        -(-height // 4),
-        -(-width // 4),
-    )  # in tiles, which overlap the picture
+    high, wide = -(-height // 4), -(-width // 4)  # in tiles, which overlap the picture
     padded_NHWC = F.pad(hidden_NCHW.permute(0, 2, 3, 1), (0, 0, 1, 1 + 4 * wide - width, 1, 1 + 4 * high - height))
-    count, rows = max(1, AT_ONCE // (high * wide)), max(1, AT_ONCE // wide)  # pictures, and rows of tiles, at once
-    made = []
-    for part_NHWC in padded_NHWC.split(count):
-        strips = (part_NHWC[:, 4 * row : 4 * (row + rows) + 2] for row in range(0, high, rows))
-        made.append(torch.cat([_by_tiles(strip_NHWC, weight_TCO) for strip_NHWC in strips], dim=1))
-    made_NHWO = torch.cat(made)[:, :height, :width]
+    some, rows = max(1, AT_ONCE // (high * wide)), max(1, AT_ONCE // wide)  # pictures, and rows of tiles, at once
+    parts = -(-36 * out * channels // KEPT)  # of the outputs
+    transformed_TCO = _transform_weight(weight_OCYX) if parts == 1 else None
+    made_NHYWXO = hidden_NCHW.new_empty(count, high, 4, wide, 4, out)
+    for first, row in product(range(0, count, some), range(0, high, rows)):
+        seen_TRC = _transform_input(padded_NHWC[first : first + some, 4 * row : 4 * (row + rows) + 2])
+        place_NHYWXO = made_NHYWXO[first : first + some, row : row + rows]
+        for part_OCYX, part_NHYWXO in zip(weight_OCYX.chunk(parts), place_NHYWXO.chunk(parts, dim=-1), strict=True):
+            weight_TCO = _transform_weight(part_OCYX) if transformed_TCO is None else transformed_TCO
+            _transform_output(torch.bmm(seen_TRC, weight_TCO), part_NHYWXO)
+    made_NHWO = made_NHYWXO.view(count, 4 * high, 4 * wide, out)[:, :height, :width]
     return (made_NHWO if bias_O is None else made_NHWO.add_(bias_O)).permute(0, 3, 1, 2)
 
 
@@ -60,7 +63,7 @@ def pays(hidden_NCHW: Tensor, weight_OCYX: Tensor) -> bool:
     if hidden_NCHW.device.type != "cpu" or hidden_NCHW.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     count, _, height, width = hidden_NCHW.shape
-    return min(weight_OCYX.shape[:2]) >= CHANNELS and count * -(-height // 4) * -(-width // 4) >= TILES
+    return min(weight_OCYX.shape[:2]) >= CHANNELS and count * height * width >= PIXELS
 
 
 @contextmanager
@@ -89,13 +92,20 @@ def _convolve_as(module: nn.Conv2d, hidden_NCHW: Tensor) -> Tensor:
     return convolve(hidden_NCHW, module.weight, module.bias)
 
 
-def _by_tiles(padded_NHWC: Tensor, weight_TCO: Tensor) -> Tensor:
+def _transform_weight(weight_OCYX: Tensor) -> Tensor:
+    out, channels = weight_OCYX.shape[:2]
+    return (WEIGHT_TK @ weight_OCYX.permute(0, 2, 3, 1).reshape(out, 9, channels)).permute(1, 2, 0)
+
+
+def _transform_input(padded_NHWC: Tensor) -> Tensor:
     """Pictures, or strips of them, of whole tiles with the margin that the outermost ones need."""
     tiles_NYXCHW = padded_NHWC.unfold(1, 6, 4).unfold(2, 6, 4)
-    count, high, wide, channels = tiles_NYXCHW.shape[:4]
     tiles_SR = tiles_NYXCHW.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)  # S: places in a tile; R: all else
-    seen_TRC = (INPUT_TS @ tiles_SR).view(36, -1, channels)
-    made_TRO = torch.bmm(seen_TRC, weight_TCO)
+    return (INPUT_TS @ tiles_SR).view(36, -1, padded_NHWC.shape[-1])
+
+
+def _transform_output(made_TRO: Tensor, place_NHYWXO: Tensor) -> None:
+    """Written where it belongs: the pixels YX of tile HW."""
+    count, high, _, wide, _, out = place_NHYWXO.shape
     made_SR = OUTPUT_ST @ made_TRO.flatten(1)
-    made_NHYWXO = made_SR.view(4, 4, count, high, wide, -1).permute(2, 3, 0, 4, 1, 5)
-    return made_NHYWXO.reshape(count, 4 * high, 4 * wide, -1)
+    place_NHYWXO.copy_(made_SR.view(4, 4, count, high, wide, out).permute(2, 3, 0, 4, 1, 5))

@@ -13,14 +13,16 @@ from cdvideo.sampling.winograd import by_tiles, convolve, pays
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken for any width and size."""
     monkeypatch.setattr(winograd, "CHANNELS", 1)
-    monkeypatch.setattr(winograd, "TILES", 1)
+    monkeypatch.setattr(winograd, "PIXELS", 1)
     monkeypatch.setattr(winograd, "AT_ONCE", 4)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8, 8), (5, 6, 9, 14), (1, 3, 1, 1), (2, 4, 4, 3), (1, 5, 30, 7)])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", [700, 10_000], ids=["outputs in parts", "outputs at once"])
 @pytest.mark.usefixtures("narrow")
-def test_convolve(shape: tuple[int, ...], bias: bool) -> None:
+def test_convolve(shape: tuple[int, ...], bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "KEPT", kept)
     torch.manual_seed(0)
     hidden_NCHW, weight_OCYX = torch.randn(shape), torch.randn(7, shape[1], 3, 3)
     bias_O = torch.randn(7) if bias else None
@@ -36,7 +38,7 @@ def test_convolve(shape: tuple[int, ...], bias: bool) -> None:
 def test_where_it_pays() -> None:
     weight_OCYX = torch.empty(320, 320, 3, 3)
     assert pays(torch.empty(2, 320, 32, 32), weight_OCYX)
-    assert not pays(torch.empty(2, 320, 16, 16), weight_OCYX), "few tiles"
+    assert not pays(torch.empty(1, 320, 12, 16), weight_OCYX), "few pixels"
     assert not pays(torch.empty(2, 96, 64, 64), torch.empty(96, 96, 3, 3)), "few channels"
     assert not pays(torch.empty(2, 320, 32, 32, dtype=torch.bfloat16), weight_OCYX), "the transforms lose two digits"
 
