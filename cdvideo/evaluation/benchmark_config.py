@@ -13,7 +13,7 @@ MEMORY_RESULT = "results-memory.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingStepConfig:
-    """Two trainings of the same concept, timed step by step, in turn."""
+    """Two trainings of the same concept, which take their steps in turn and are timed step by step."""
 
     peer: tuple[str, ...] = ("semantic.weight=0",)
     """key=value settings (concept/config.py) of the training that is compared with."""
@@ -22,7 +22,7 @@ class TrainingStepConfig:
     base: str = "tiny"
     """ "tiny" is the embedded base; or a folder in diffusers' layout."""
     pairs: int = 6
-    """Each pair is one run of both, in changing order."""
+    """Each pair is one training of both kinds; which begins changes."""
     steps: int = 40
     """Optimizer steps of a run."""
     out: Path = Path("runs/benchmark")
