@@ -147,7 +147,8 @@ class PreserveConfig:
     """Pictures of each class that are drawn for it, once. Custom Diffusion takes 200."""
     output_weight: float = 0.0
     """How much it counts that the tuned UNet predicts for the class prompt what the base does, on the concept's own
-    noisy latents (differential output preservation). Needs no pictures; a second pass, and one without gradients."""
+    noisy latents (differential output preservation). 1 keeps other dogs what they are while the concept is loaded, and
+    costs a little of its likeness. Needs no pictures; a second pass, and one without gradients."""
     background_weight: float = 1.0
     """With data.focus=subject: how much it counts that around the subject the tuned UNet predicts what the base does
     for the class prompt. Without it nothing holds there, and what was learned of the subject runs over. One pass
