@@ -23,6 +23,7 @@ Fields may be bool, int, float, str, Path, Literal, tuple, another config, or on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -174,9 +175,13 @@ def _convert(value: Any, kind: Any, name: str, default: Any = None) -> Any:
     """
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        (inner,) = [option for option in options if option is not types.NoneType]  # only `X | None` is known
-        is_none = value is None or (isinstance(value, _Text) and value == "null")
-        return None if is_none else _convert(value, inner, name, default)
+        if types.NoneType in options and (value is None or (isinstance(value, _Text) and value == "null")):
+            return None
+        *others, last = [option for option in options if option is not types.NoneType]
+        for other in others:  # `float | str`: the first that it can be
+            with contextlib.suppress(ValueError):
+                return _convert(value, other, name, default)
+        return _convert(value, last, name, default)
     if origin is Literal:
         for option in options:
             if value == (str(option) if isinstance(value, _Text) else option):

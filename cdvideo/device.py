@@ -10,7 +10,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name.
+    """The device of that name, which becomes the current one.
 
     Args:
         name: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:1".
@@ -29,7 +29,10 @@ def pick_device(name: str = "auto") -> torch.device:
             allowed=f"auto, {', '.join(available)} on this machine",
             do="choose one of these with --device",
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one of which peaks and precisions are asked
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

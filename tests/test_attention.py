@@ -24,6 +24,7 @@ from cdvideo.errors import UserError
 from cdvideo.motion.modules import FrameAttention
 from cdvideo.sampling.attention import attending
 from cdvideo.sampling.image import sample_images
+from cdvideo.sampling.kernels import attend_rows
 
 CPU = torch.device("cpu")
 CRASH = "CUDA error: invalid configuration argument"
@@ -85,6 +86,17 @@ def test_a_batch_beyond_the_limit_is_split(xformers: list[torch.Size]) -> None:
         found = attend(q, k, v)
     assert xformers == [(MOST_BATCH, 2, 1, 4), (5, 2, 1, 4)]
     assert (found - attend(q, k, v)).abs().max() < 1e-6
+
+
+@torch.inference_mode()
+def test_rows_beyond_the_limit_are_members_with_heads(xformers: list[torch.Size]) -> None:
+    """The sampler's own attention has pixels and heads in one: two films of 64 x 64 pixels and 8 heads."""
+    query, keys, values = torch.randn(3, 65_536, 80, 2).unbind()
+    with attention_backend("xformers", CPU, torch.float32):
+        xformers.clear()
+        found = attend_rows(query, keys, values)
+    assert xformers == [(8192, 80, 8, 2)]
+    assert (found - attend(query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)).squeeze(1)).abs().max() < 1e-5
 
 
 def test_projections_reach_xformers_without_a_copy(xformers: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def _ids_and_slots(
     slots: list[tuple[int, str, int]] = []
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids  # `tokenize` tells what is cut
             continue
         token = spelling[piece.lower()]
         slots += [(len(ids) + row, token, row) for row in range(tokens[token])]

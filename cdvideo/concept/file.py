@@ -115,20 +115,26 @@ def read_metadata(path: Path) -> ConceptMetadata:
     return _read(path, device=None)[0]
 
 
-def find_concept(prompt: str, runs_folder: Path) -> Path | None:
-    """The newest trained concept whose token stands in the prompt; else the one that ships; else None.
+def find_concept(prompt: str, runs_folder: Path, *, base_hash: str) -> Path | None:
+    """The newest concept trained on this base whose token stands in the prompt; else the one that ships; else None.
 
-    Files that can not be read are passed over with a warning.
+    Files that can not be read, or were trained on another base, are passed over with a warning.
     """
     trained = sorted(runs_folder.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in [*trained, *([SAMPLE_CONCEPT] if SAMPLE_CONCEPT.exists() else [])]:
         try:
-            tokens = read_metadata(path).class_words
+            metadata = read_metadata(path)
         except UserError as error:
             logger.warning("passed over %s", error.given)
             continue
-        if find_tokens(prompt, list(tokens)):
+        if not find_tokens(prompt, list(metadata.class_words)):
+            continue
+        if metadata.base_hash == base_hash:
             return path
+        if path != SAMPLE_CONCEPT:
+            logger.warning(
+                "passed over %s, learned on a base with other weights; --concept takes it all the same", path
+            )
     return None
 
 

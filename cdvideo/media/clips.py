@@ -166,7 +166,7 @@ def _pillow_knows(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except OSError:
+    except Exception:  # on damaged files Pillow's readers raise whatever they come upon
         return False
 
 
@@ -176,7 +176,7 @@ def _read_with_pillow(path: Path, fps: float | None) -> Iterator[Frame]:
         with Image.open(path) as animation:
             timed = _timed(animation)
             yield from (frame for _, frame in timed) if fps is None else _at_rate(timed, fps)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    except Exception as error:  # as above
         raise _UnreadableError(str(error)) from error
 
 

@@ -141,9 +141,12 @@ def _write_folder(frames: Iterator[Frame], path: Path, fps: float, metadata: Met
         Image.fromarray(frame).save(path / f"{index:05d}.png", pnginfo=_png_text({**metadata, "fps": fps}))
 
 
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_path`, for a folder of frames; an earlier one gives way, a folder of anything else does not."""
+def require_frames_alone(path: Path) -> None:
+    """Before hours of sampling: whether a film's frames can be written there.
+
+    Raises:
+        UserError: it holds something else.
+    """
     if path.exists() and not (
         path.is_dir() and all(re.fullmatch(r"\d{5,}\.png", file.name) for file in path.iterdir())
     ):
@@ -152,6 +155,12 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
             allowed="a folder that does not exist yet, or one of frames alone",
             do="move it away, or name another folder with --out",
         )
+
+
+@contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder of frames; an earlier one gives way, a folder of anything else does not."""
+    require_frames_alone(path)
     require_writable(path.parent)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     part.mkdir()

@@ -72,7 +72,11 @@ def find_encoder(codec: Codec) -> Encoder:
 def encode(
     frames: Iterator[npt.NDArray[np.uint8]], path: Path, *, fps: float, codec: Codec, options: Sequence[str] = ()
 ) -> None:
-    """Writes frame_HWC of even sides as they come: 4:2:0, colours tagged, since players guess otherwise."""
+    """Writes frame_HWC of even sides as they come: 4:2:0, colours tagged, since players guess otherwise.
+
+    Raises:
+        UserError: what ffmpeg wrote is no film of all the frames: a full disk, or an ffmpeg that failed at the end.
+    """
     import imageio_ffmpeg
 
     first = next(frames)
@@ -92,9 +96,21 @@ def encode(
         ffmpeg_log_level="error",
     )
     writer.send(None)
+    sent = 0
     try:
         for frame in chain([first], frames):
             assert frame.shape == first.shape, f"a frame of {frame.shape} in a film of {first.shape}"
             writer.send(np.ascontiguousarray(frame))
+            sent += 1
     finally:
-        writer.close()
+        writer.close()  # which does not look at how ffmpeg ended
+    try:
+        found, _seconds = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:
+        found = 0
+    if found != sent:
+        raise UserError(
+            f"a film of {sent} frames, of which ffmpeg ({encoder.name}) wrote {found}",
+            allowed="as many as were sent",
+            do="read what ffmpeg says above; is the disk full?",
+        )

@@ -108,8 +108,8 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
     """What kind of motion modules the folder has, and their config; without fields of ours they are AnimateDiff's."""
     path = folder / CONFIG_FILE
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"motion folder {folder}: can not read {CONFIG_FILE} ({error})",
             allowed="a folder as diffusers' MotionAdapter saves it",

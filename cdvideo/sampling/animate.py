@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import re
 import time
@@ -41,6 +42,8 @@ _DEFAULTS = AnimateConfig(prompt="any")
 def main(argv: Sequence[str]) -> None:
     """Films a prompt: writes <slug>-<seed>.mp4, .gif, a poster, a filmstrip and the settings for each film.
 
+    Where a film that was made with other settings has that name, this one is <slug>-<seed>-2, and so on.
+
     Raises:
         UserError: wrong settings, a folder that can not be written, a concept or motion modules that do not fit.
     """
@@ -48,6 +51,11 @@ def main(argv: Sequence[str]) -> None:
     args = animate_parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
     require_writable(config.out)
+    if "png" in config.formats and not config.still:
+        from cdvideo.media.export import require_frames_alone
+
+        for seed in range(config.seed, config.seed + config.num_videos):
+            require_frames_alone(config.out / f"{slug(config.prompt)}-{seed}-png")
     for codec in config.codecs:
         find_encoder(codec)  # before an hour of sampling
 
@@ -74,16 +82,22 @@ def main(argv: Sequence[str]) -> None:
     concept, concept_name = _choose_concept(config, base)
     motion = None if config.still else _load_motion(config, base)
     made_for = None if motion is None else motion.config
+    of_picture = _for_picture(config)
     config = settled(config, made_for)
     _report(config)(described(config, made_for))
+    if config.guidance == 1 and config.negative_prompt:
+        logger.warning("the negative prompt is not read: guidance 1 asks for the prompt alone")
 
     settings = _settings(config, base, concept_name)
     with attending(base, config.attention):
         for seed, frames in _sample(config, base, concept, motion):
+            made_by = {**settings, "seed": seed}
+            stem = _free_stem(config, made_by)
             with frames:
-                written = _write(frames, config, {**settings, "seed": seed}, stem=f"{slug(config.prompt)}-{seed}")
+                written = _write(frames, config, made_by, stem=stem)
             if config.also_still:
-                written += _write_still(config, base, concept, {**settings, "seed": seed})
+                made_by = {**_settings(of_picture, base, concept_name), "seed": seed}
+                written.append(_write_still(of_picture, base, concept, made_by, stem=stem))
             if not config.quiet:
                 print("wrote", *written)
     if not config.quiet:
@@ -96,6 +110,23 @@ def slug(prompt: str) -> str:
     return "-".join(words)[:60].rstrip("-") or "film"
 
 
+def _free_stem(config: AnimateConfig, settings: Metadata) -> str:
+    """<slug>-<seed>; with -2, -3, ... behind it where a film that was made in another way has that name."""
+    stem = f"{slug(config.prompt)}-{settings['seed']}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if _made_by(config.out / f"{name}.json") in (None, settings))
+
+
+def _made_by(path: Path) -> object:
+    """The settings that a film's file tells; None where there is no such film."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return "a file of somebody else's"
+
+
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
     """The concept and the name to show for it, as the settings and the prompt ask."""
     from cdvideo.base.offload import at_work
@@ -104,19 +135,19 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
     from cdvideo.interchange.load import load_adapters
 
     files = config.concept_files
-    if config.concept == "auto" and (found := find_concept(config.prompt, RUNS)):
+    if config.concept == "auto" and (found := find_concept(config.prompt, RUNS, base_hash=base.hash)):
         files = ((found, 1.0),)
     if not files:
         return None, None
     if files == ((SAMPLE_CONCEPT, 1.0),):
-        print("no trained concept's token stands in the prompt: using the sample concept that ships with cdvideo")
+        _report(config)("no trained concept's token stands in the prompt: using the sample concept of cdvideo's own")
     with at_work(
         base.device, base.unet, *base.text_encoders.values()
     ):  # several concepts are merged by what these make of them
         concept = load_adapters(base, files, report=_report(config))
-    if concept.tokens and not find_tokens(config.prompt, list(concept.tokens)):
-        tokens = ", ".join(concept.tokens)
-        logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", tokens)
+    for token in concept.tokens:
+        if not find_tokens(config.prompt, [token]):
+            logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", token)
     return concept, " + ".join(_public_name(path, weight) for path, weight in files)
 
 
@@ -238,8 +269,8 @@ def _tell_windows(config: AnimateConfig, motion: MotionModules) -> None:
     size = window_size(config.frames, motion.max_frames, config.windows)
     if size < config.frames:
         count = len(windows_at(0, frames=config.frames, size=size, windows=config.windows))
-        reach = f"the motion modules reach {motion.max_frames}"
-        _report(config)(f"{config.frames} frames: {reach}, so in {count} windows of {size}, blended at every step")
+        reach = "" if config.frames <= motion.max_frames else f"the motion modules reach {motion.max_frames}, so "
+        _report(config)(f"{config.frames} frames: {reach}in {count} windows of {size}, blended at every step")
 
 
 def _load_start(config: AnimateConfig, base: Base) -> Start | None:
@@ -275,16 +306,22 @@ def _write(frames: Spool, config: AnimateConfig, settings: Metadata, *, stem: st
     return [str(path) for path in paths]
 
 
-def _write_still(config: AnimateConfig, base: Base, concept: Concept | None, settings: Metadata) -> list[str]:
+def _for_picture(config: AnimateConfig) -> AnimateConfig:
+    """The settings of the picture beside a film: what the image model was made for, and nothing that is of films."""
+    own = {group: getattr(_DEFAULTS, group) for group in GROUPS}
+    return settled(dataclasses.replace(config, **own, speed="exact", compare=False, also_still=False), None)
+
+
+def _write_still(config: AnimateConfig, base: Base, concept: Concept | None, settings: Metadata, *, stem: str) -> str:
     """Writes what the image model alone draws from a film's prompt and seed; returns its path."""
     from cdvideo.media.export import enlarge, write_picture
 
     seed = settings["seed"]
     assert isinstance(seed, int)
-    path = config.out / f"{slug(config.prompt)}-{seed}-still.png"
+    path = config.out / f"{stem}-still.png"
     (picture,) = enlarge(_draw_still(config, base, concept, seed), config.watch_size)
     write_picture(picture, path, metadata=settings)
-    return [str(path)]
+    return str(path)
 
 
 def _settings(

@@ -23,7 +23,8 @@ class AnimateConfig:
 
     prompt: str
     """What is to be seen. A concept's token in it brings the concept in. A prompt that changes along the film is
-    written as "0: a sks dog surfing | 24: a sks dog on the beach"; in a file, as lines of `frame: prompt`."""
+    written as "0: a sks dog surfing | 24: a sks dog on the beach"; in a file, after `prompt: |`, as lines of
+    `frame: prompt`. In a loop the last goes over into the first."""
     negative_prompt: str = ""
     """What is to be avoided."""
     frames: int = 16
@@ -102,6 +103,7 @@ class AnimateConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        codec = f"codec={self.codec} without an mp4: format={self.format}"
         unknown = [name for name in self.formats if name not in FORMATS]
         sides = [("width", self.width), ("height", self.height)]
         check(
@@ -114,12 +116,13 @@ class AnimateConfig:
                 self.guidance is None or 1 <= self.guidance <= 30,
                 f"guidance={self.guidance}: must be from 1 (off) to 30",
             ),
-            (0 <= self.seed < 2**63, f"seed={self.seed}: must be from 0 to 2^63 - 1"),
+            (0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2^32 - 1, which is what torch reads of it"),
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
             (self.batch >= 1, f"batch={self.batch}: must be at least 1"),
             *rule("prompt", parse_prompts, self.prompt),
             *self._impossible_pairs(),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
+            (self.codec == "h264" or "mp4" in self.formats, codec),
             (self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk}: must be at least 1"),
             *((side is None or side >= 16, f"{name}={side}: must be at least 16 pixels") for name, side in sides),
             (0 <= self.watch_size <= 4096, f"watch_size={self.watch_size}: must be from 0 to 4096"),
@@ -136,6 +139,7 @@ class AnimateConfig:
             "start": self.start != StartFrom(),
             "batch": self.batch > 1,
             "compile": self.compile,
+            "motion_lora": self.motion_lora != "none",
         }
         asked = ", ".join(name for name, given in of_films.items() if given)
         yield not self.still or self.speed == "exact", f"speed={self.speed} with still: presets are for films"

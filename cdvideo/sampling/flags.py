@@ -64,13 +64,14 @@ def animate_parser() -> ArgumentParser:
 def _add_length_flags(parser: ArgumentParser) -> None:
     """Flags of the groups `windows` and `noise`."""
     group = parser.add_argument_group("long films and loops")
-    add = group.add_argument
-    add(
+    schedule = group.add_mutually_exclusive_group()
+    schedule.add_argument(
         "--loop", action="store_const", const="looped", dest="windows.schedule", help="the end flows into the beginning"
     )
+    add = group.add_argument
     add("--window-size", type=int, metavar="N", dest="windows.size", help="frames of a window (16)")
     add("--window-overlap", type=int, metavar="N", dest="windows.overlap", help="frames that two windows share (4)")
-    add(
+    schedule.add_argument(
         "--window-schedule",
         choices=["uniform", "static", "looped"],
         dest="windows.schedule",

@@ -6,11 +6,13 @@ register; elsewhere the same is written as torch's own operations. For inference
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdvideo.attention import attend
+from cdvideo.attention import MOST_BATCH, attend
 
 _ONEDNN: list[torch.dtype] = []  # in what oneDNN computes
 if torch.backends.mkldnn.is_available():
@@ -97,7 +99,9 @@ def attend_rows(query_AQE: Tensor, keys_ATE: Tensor, values_ATE: Tensor) -> Tens
     """
     places, short = keys_ATE.shape[1], 64 if query_AQE.dtype == torch.float32 else 1024
     if query_AQE.device.type != "cpu" or places > short:
-        return attend(query_AQE.unsqueeze(1), keys_ATE.unsqueeze(1), values_ATE.unsqueeze(1)).squeeze(1)
+        heads = 1 if len(query_AQE) <= MOST_BATCH else math.gcd(len(query_AQE), 8)
+        query, keys, values = (each.unflatten(0, (-1, heads)) for each in (query_AQE, keys_ATE, values_ATE))
+        return attend(query, keys, values).flatten(0, 1)
     at_once = max(1, SCORES // (query_AQE.shape[1] * places))
     if at_once >= len(query_AQE):
         return _attend_at_once(query_AQE, keys_ATE, values_ATE)

@@ -31,11 +31,17 @@ class Curve:
     def constant(self) -> bool:
         return len({value for _, value in self.points}) == 1
 
+    def closed(self, length: int) -> Curve:
+        """The same, back at its first value where a loop of that many frames begins again."""
+        if self.constant or self.positions[-1] >= length:
+            return self
+        return Curve((*self.points, (length, self.points[0][1])))
+
     def is_always(self, value: float) -> bool:
         return all(each == value for _, each in self.points)
 
 
-def parse_curve(text: str, *, percent: bool = False) -> Curve:
+def parse_curve(text: str | float, *, percent: bool = False) -> Curve:
     """A curve from `0.8`, from `0: 0.5 | 15: 1.2` over frames, or from `0%: 0.2 | 40%: 1` over the denoising.
 
     Args:
@@ -49,7 +55,7 @@ def parse_curve(text: str, *, percent: bool = False) -> Curve:
     except ValueError:
         pass
     points = []
-    for position, value in _entries(text):
+    for position, value in _entries(str(text)):
         if position.endswith("%") != percent:
             raise ValueError(f"position {position}: {'a share such as 40%' if percent else 'the number of a frame'}")
         try:
@@ -62,12 +68,12 @@ def parse_curve(text: str, *, percent: bool = False) -> Curve:
 
 
 def parse_prompts(text: str) -> dict[int, str]:
-    """Prompts by the frame from which they are meant: a plain prompt stands at frame 0.
+    """Prompts by the frame from which they are meant: a plain prompt stands at frame 0, as does "4:3 picture of a dog".
 
     Raises:
         ValueError: Saying what can not be read.
     """
-    if not re.match(r"\s*\d+\s*:", text):
+    if not re.match(r"\s*\d+(?:\.\d+)?%?\s*:(?!\d)", text):
         return {0: text}
     prompts = {}
     for position, prompt in _entries(text):

@@ -211,6 +211,9 @@ def film_cures(base: Base, config: AnimateConfig, *, on_gpu: bool) -> Iterator[t
     if on_gpu and not offload:
         offload = True
         yield "--offload", film_needs(base, config, offload=offload)
+    if config.batch > 1:
+        config = dataclasses.replace(config, batch=1)
+        yield "--batch 1", film_needs(base, config, offload=offload)
     if config.decode_chunk > 1:
         config = dataclasses.replace(config, decode_chunk=1)
         yield "decode_chunk=1", film_needs(base, config, offload=offload)

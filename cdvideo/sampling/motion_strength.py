@@ -31,7 +31,8 @@ def moving(motion: MotionModules, curves: Sequence[Curve], frames: Sequence[int]
 
     def scale(_module: nn.Module, inputs: tuple[Tensor, ...], moved_NCHW: Tensor) -> Tensor:
         still_NCHW = inputs[0]
-        factor_N = strength_N.to(still_NCHW).view(-1, *[1] * (still_NCHW.ndim - 1))
+        # As many as there are: until the first attention to text, guidance's copies are one.
+        factor_N = strength_N[: len(still_NCHW)].to(still_NCHW).view(-1, *[1] * (still_NCHW.ndim - 1))
         return still_NCHW + factor_N * (moved_NCHW - still_NCHW)
 
     blocks = [module for module in motion.modules() if isinstance(module, MotionBlock)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cdvideo.config import check
 from cdvideo.sampling.keyframes import Curve, parse_curve
@@ -68,13 +68,13 @@ class Noise:
 class Control:
     """How strongly motion modules and the concept act on a film. Numbers, or key frames: "0: 0.5 | 15: 1.2"."""
 
-    motion_strength: str = "1"
+    motion_strength: float | str = 1.0
     """What the motion modules add is multiplied by this, over frames. They move frames and hold them together: below 1
     frames agree less, and 0 leaves unrelated stills; above 1 they agree more, and pictures soon suffer."""
-    concept_strength: str = "1"
+    concept_strength: float | str = 1.0
     """How much of the concept is read from the prompt, over the denoising: "0%: 0.2 | 40%: 1" lets the class lay out
     the film before the thing itself is drawn. 0 reads the class word in place of the token."""
-    concept_frames: str = "1"
+    concept_frames: float | str = 1.0
     """The same over frames; the two are multiplied."""
     concept_down: float = 1.0
     concept_mid: float = 1.0
@@ -155,7 +155,7 @@ class FilmSettings:
     speed: Speed = EXACT
 
 
-def rule(name: str, parse: Callable[[str], T], text: str) -> Iterator[tuple[bool, str]]:
+def rule(name: str, parse: Callable[[Any], T], text: str | float) -> Iterator[tuple[bool, str]]:
     """For `check`: the text can be read."""
     try:
         parse(text)
@@ -163,13 +163,16 @@ def rule(name: str, parse: Callable[[str], T], text: str) -> Iterator[tuple[bool
         yield False, f"{name}={text}: {error}"
 
 
-def _curve_rules(name: str, text: str, *, low: float, high: float, percent: bool = False) -> Iterator[tuple[bool, str]]:
+def _curve_rules(
+    name: str, text: str | float, *, low: float, high: float, percent: bool = False
+) -> Iterator[tuple[bool, str]]:
     broken = list(rule(name, lambda each: parse_curve(each, percent=percent), text))
     yield from broken
     if not broken:
         values = [value for _, value in parse_curve(text, percent=percent).points]
         fits = all(math.isfinite(value) and low <= value <= high for value in values)
-        yield fits, f"{name}={text}: values must be from {low:g} to {high:g}"
+        shown = text if isinstance(text, str) else f"{text:g}"
+        yield fits, f"{name}={shown}: values must be from {low:g} to {high:g}"
 
 
 AS_TRAINED = Control()

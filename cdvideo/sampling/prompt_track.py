@@ -24,12 +24,14 @@ from cdvideo.sampling.prompt_kv import PromptKV, compile_prompts
 @dataclass(frozen=True)
 class FilmPrompts:
     """One film's prompts: K and V of R rows, which are the negative prompt where there is guidance, and one prompt for
-    each key frame. `plain`: the same without the concept, where it does not act in full."""
+    each key frame. `plain`: the same without the concept, where it does not act in full. `loop`: the frames of a film
+    whose end flows into its beginning."""
 
     keys: tuple[int, ...]
     rows: PromptKV
     plain: PromptKV | None
     control: Control
+    loop: int | None = None
 
     @property
     def varies(self) -> bool:
@@ -48,6 +50,8 @@ class FilmPrompts:
         """
         weights_FR = self._weights(negative, frames)
         over_steps, over_frames = self.control.concept_curves
+        if self.loop is not None:
+            over_frames = over_frames.closed(self.loop)
         strength_F = torch.tensor([over_steps.at(done) * over_frames.at(f) for f in frames]) * share
         if (weights_FR == weights_FR[0]).all() and (strength_F == strength_F[0]).all():
             weights_FR, strength_F = weights_FR[:1], strength_F[:1]
@@ -79,21 +83,25 @@ def compile_film(
     concept: Concept | None,
     control: Control,
     size: tuple[int, int] | None = None,
+    loop: int | None = None,
 ) -> FilmPrompts:
     """Compiles one film's prompts, by key frame; alone, so that they do not depend on the film's company.
 
     Args:
         negative_prompt: None without guidance.
         size: as in `compile_prompts`.
+        loop: the frames of a film whose end flows into its beginning; its last prompt goes over into its first.
 
     Raises:
         UserError: a part of the concept's strength is asked for, and it has no part that can be given.
     """
+    if loop is not None and len(prompts) > 1:
+        prompts = {**prompts, loop: prompts[min(prompts)]}
     texts = [*([] if negative_prompt is None else [negative_prompt]), *prompts.values()]
     plain = None
     if not control.concept_is_whole:
         plain = compile_prompts(base, texts, concept=class_in_place(base, concept), size=size)
-    return FilmPrompts(tuple(prompts), compile_prompts(base, texts, concept=concept, size=size), plain, control)
+    return FilmPrompts(tuple(prompts), compile_prompts(base, texts, concept=concept, size=size), plain, control, loop)
 
 
 def class_in_place(base: Base, concept: Concept | None) -> Concept:

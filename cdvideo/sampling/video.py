@@ -197,6 +197,7 @@ def _window_model(
 ) -> Iterator[Callable[[Window], Predict]]:
     """Within the block: the model that predicts these frames of all films, with guidance, on the base's device."""
     with_guidance, speed = settings.guidance != 1, settings.speed
+    loop = settings.frames if settings.windows.schedule == "looped" else None
     size = (settings.height or base.resolution, settings.width or base.resolution)
     shared_prefix = speed.shared_prefix and not base.is_sdxl  # whose time embedding depends on the prompt
     prompts = [
@@ -207,6 +208,7 @@ def _window_model(
             concept=film.concept,
             control=film.control,
             size=size,
+            loop=loop,
         )
         for film in films
     ]
@@ -214,6 +216,8 @@ def _window_model(
     if folded is not None and folded.varies:  # these two make something of the weights once
         speed = replace(speed, time_table=False, upsampling=False)
     moves = [film.control.motion_curve for film in films]
+    if loop is not None:
+        moves = [curve.closed(loop) for curve in moves]
     varies = any(each.varies for each in prompts)
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
     deep: dict[tuple[Window, bool], DeepFeature] = {}

@@ -156,6 +156,9 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 8)
     with pytest.raises(UserError, match=r"noise\.mp4 can not be read"):
         read_clip(tmp_path / "noise.mp4")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # more pixels than Pillow reads
+    with pytest.raises(UserError, match=r"bomb\.png can not be read"):
+        read_clip(tmp_path / "bomb.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no PNGs"):
         read_clip(tmp_path / "empty")

@@ -25,6 +25,7 @@ from cdvideo.media.export import (
     write_settings,
     write_video,
 )
+from cdvideo.media.ffmpeg import encoder_names
 
 SETTINGS = {"prompt": "a dög; surfing = 'fun' #1", "seed": 7, "guidance": 6.0, "negative_prompt": "", "concept": None}
 
@@ -269,6 +270,22 @@ def test_refuses_other_formats_and_empty_films(tmp_path: Path) -> None:
         write_video(make_frames(), tmp_path / "film.avi", fps=8, metadata={})
     with pytest.raises(UserError, match="0 frames"):
         write_video([], tmp_path / "film.mp4", fps=8, metadata={})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the ffmpeg that fails is a shell script")
+def test_an_ffmpeg_that_fails_at_its_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last frame is taken by then, and imageio does not look at how it ends."""
+    failing, film = tmp_path / "ffmpeg", tmp_path / "film.mp4"
+    script = ["#!/bin/sh", "for to; do :; done", "cat > /dev/null", "[ $to = - ] || echo stump > $to", "exit 1"]
+    failing.write_text("\n".join(script))
+    failing.chmod(0o755)
+    film.write_bytes(b"an earlier film")
+    assert "libx264" in encoder_names()  # of the ffmpeg that works
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(failing))
+    with pytest.raises(UserError, match="a film of 6 frames, of which ffmpeg"):
+        write_video(make_frames(), film, fps=8, metadata=SETTINGS)
+    assert film.read_bytes() == b"an earlier film"
+    assert {path.name for path in tmp_path.iterdir()} == {"ffmpeg", "film.mp4"}
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

@@ -148,9 +148,14 @@ def _broken_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def _a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[1, 2]")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (_a_list, "can not read config.json"),
         (_drop_key, r"matched \d+/\d+, 1 missing, 0 unknown"),
         (_add_key, r"0 missing, 1 unknown.*stranger"),
         (_change_shape, r"1 missing, 1 unknown.*proj_in"),

@@ -155,7 +155,9 @@ def test_before_any_training_the_sample_concept_is_used_and_that_is_said(
     save_tiny_concept(base_folder, sample)
     monkeypatch.setattr(cdvideo.concept.file, "SAMPLE_CONCEPT", sample)
     assert call(base_folder, "--still") == 0
-    assert "using the sample concept that ships with cdvideo" in capsys.readouterr().out
+    assert "using the sample concept of cdvideo's own" in capsys.readouterr().out
+    assert call(base_folder, "--still", "--quiet") == 0
+    assert capsys.readouterr().out == ""
     assert json.loads(Path("runs/films/a-sks-dog-surfing-0.json").read_text())["concept"] == "sample concept"
 
 
@@ -167,6 +169,35 @@ def test_a_concept_whose_token_is_missing_is_warned_of(
     (warning,) = [record for record in caplog.records if record.name == animate.logger.name]
     assert "lacks the concept's token (sks)" in warning.getMessage()
     assert "\n" not in warning.getMessage()
+
+
+def test_of_two_tokens_the_one_that_is_missing_is_warned_of(
+    base_folder: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for token in ("sks", "rex"):
+        save_tiny_concept(base_folder, Path(f"{token}.safetensors"), token)
+    assert call(base_folder, "--still", "--concept", "sks.safetensors,rex.safetensors") == 0
+    assert "lacks the concept's token (rex)" in caplog.text and "(sks)" not in caplog.text
+
+
+def test_a_negative_prompt_that_is_not_read_is_warned_of(
+    base_folder: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call(base_folder, "--still", "--concept", "none", "--negative-prompt", "snow", "--guidance", "1") == 0
+    assert "the negative prompt is not read" in caplog.text
+
+
+def test_a_film_made_in_another_way_takes_no_name(base_folder: Path, workplace: Path) -> None:
+    films, stem = workplace / "runs" / "films", "a-sks-dog-surfing-0"
+    assert call(base_folder, "--concept", "none", "--format", "gif") == 0
+    first = {path.name: path.read_bytes() for path in films.iterdir()}
+    assert call(base_folder, "--concept", "none", "--format", "gif", "--guidance", "2") == 0
+    assert call(base_folder, "--concept", "none", "--still") == 0
+    assert {f"{stem}-2.gif", f"{stem}-2.json", f"{stem}-3.png", f"{stem}-3.json"} <= names(films)
+    assert first == {name: (films / name).read_bytes() for name in first}
+    count = len(names(films))
+    assert call(base_folder, "--concept", "none", "--format", "gif", "--guidance", "2") == 0
+    assert len(names(films)) == count, "the same film has the same name"
 
 
 def test_motion_modules_of_another_base_are_warned_of(

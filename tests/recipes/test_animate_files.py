@@ -66,8 +66,8 @@ def test_a_film_from_files_alone(files: Path, films: Path, capsys: pytest.Captur
     assert len(plain) == 2
     assert call(*owned, "--motion-lora", f"{files / 'zoom.ckpt'}:0.5") == 0
     assert "motion LoRA" in (said := capsys.readouterr().out) and "matched 2/2, strength 0.5" in said
-    assert (plain != iio.imread(films / "a-dog-0.gif")).any()
-    settings = (films / "a-dog-0.json").read_text()
+    assert (plain != iio.imread(films / "a-dog-0-2.gif")).any()
+    settings = (films / "a-dog-0-2.json").read_text()
     assert json.loads(settings)["motion_lora"] == "zoom.ckpt:0.5"
     assert str(files) not in settings, "no folders of the user's machine in a film"
 

@@ -44,12 +44,18 @@ def call(base_folder: Path, *arguments: str, prompt: str = "a dog", frames: str 
     return run_main(main, ["--prompt", prompt, *always, "--format", "webp", "watch_size=0", *arguments])
 
 
+def newest(folder: Path, stem: str, end: str) -> Path:
+    """Films of one prompt and seed, made in several ways, are numbered."""
+    found = [path for path in folder.iterdir() if re.fullmatch(rf"{stem}(-\d+)?{re.escape(end)}", path.name)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 def shown(stem: str = STEM, folder: Path = FILMS) -> np.ndarray:
-    return np.asarray(Image.open(folder / f"{stem}-frames.png"))
+    return np.asarray(Image.open(newest(folder, stem, "-frames.png")))
 
 
 def settings(stem: str = STEM) -> dict[str, object]:
-    return json.loads((FILMS / f"{stem}.json").read_text())
+    return json.loads(newest(FILMS, stem, ".json").read_text())
 
 
 def test_a_long_film(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,9 +93,22 @@ def test_a_prompt_that_travels(base_folder: Path) -> None:
     assert not np.array_equal(shown(), np.asarray(Image.open(from_line)))
 
 
+def test_a_loop_of_a_prompt_that_travels_comes_back_to_its_first(base_folder: Path) -> None:
+    still = ["--loop", "--motion-strength", "0"]  # so that each frame shows what it read
+    assert call(base_folder, *still, prompt="0: a dog | 4: a cat", frames="8") == 0
+    looped = shown("0-a-dog-4-a-cat-0")
+    assert call(base_folder, *still[1:], prompt="0: a dog | 4: a cat", frames="8") == 0
+    straight = shown("0-a-dog-4-a-cat-0")
+    assert np.array_equal(looped[:, : 5 * 68], straight[:, : 5 * 68]), "as far as the last prompt"
+    assert not np.array_equal(looped[:, 5 * 68 :], straight[:, 5 * 68 :]), "then back to the first"
+
+
 def test_strength_of_motion_and_concept(base_folder: Path) -> None:
     assert call(base_folder, "--motion-strength", "0: 0 | 2: 1.5") == 0
     assert settings()["control.motion_strength"] == "0: 0 | 2: 1.5"
+    Path("film.yaml").write_text("control: {motion_strength: 0.8}\n")
+    assert call(base_folder, "--config", "film.yaml") == 0
+    assert settings()["control.motion_strength"] == 0.8
     assert call(base_folder, "--concept-strength", "0.5") == 2
 
 
@@ -130,6 +149,20 @@ def test_a_picture_beside_the_film(base_folder: Path) -> None:
     assert call(base_folder, "--still", "--out", "still", "--seed", "1") == 0
     assert np.array_equal(stills[1], np.asarray(Image.open("still/a-dog-1.png")))
     assert not np.array_equal(stills[0], stills[1])
+
+
+def test_a_picture_beside_the_film_of_distilled_motion_modules_is_the_image_models(base_folder: Path) -> None:
+    """Which were distilled for steps and guidance at which the image model draws badly."""
+    config = base_folder / "motion" / "config.json"
+    distilled = {"_sampler": "euler", "_steps": 4, "_guidance": 1.0}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **distilled}))
+    flags = ["--base", str(base_folder), "--concept", "none", "--frames", "2", "--prompt", "a dog", "--format", "webp"]
+    assert run_main(main, [*flags, "--also-still", "--motion-strength", "0.5", "watch_size=0"]) == 0
+    assert (settings()["steps"], settings()["guidance"]) == (4, 1.0)
+    with Image.open(FILMS / f"{STEM}-still.png") as picture:
+        told = json.loads(picture.text["Comment"])
+    assert (told["scheduler"], told["steps"], told["guidance"]) == ("ddim", 25, 5.0)
+    assert "control.motion_strength" not in told
 
 
 def make_clip(path: Path, frames: int = 4) -> np.ndarray:
@@ -178,6 +211,9 @@ def test_a_film_that_begins_with_a_picture(base_folder: Path) -> None:
         (["--still", "--loop"], "still with windows: a picture has none of it"),
         (["--still", "--also-still", "--freeinit", "1"], "still with also_still, noise"),
         (["--still", "--init-image", "a.png"], "still with start"),
+        (["--still", "--motion-lora", "zoom.ckpt"], "still with motion_lora"),
+        (["--codec", "av1"], "codec=av1 without an mp4: format=webp"),
+        (["--seed", str(2**32)], "seed=4294967296: must be from 0 to 2^32 - 1"),
         (["--init-video", "a.mp4", "--init-image", "a.png"], "video and image: a film begins from one of both"),
         (["--init-video", "a.mp4", "--freeinit", "1"], "FreeInit begins from noise alone"),
         (["--strength", "0.5"], "strength=0.5: is for a film that begins from another"),

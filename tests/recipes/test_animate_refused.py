@@ -120,8 +120,21 @@ def test_an_interrupt_leaves_earlier_films_whole(
     monkeypatch.setattr(cdvideo.media.export, "_common_palette", interrupted)
     assert call(base_folder, "--concept", "none", "--steps", "1") == 130
     after = {path.name: path.read_bytes() for path in films.iterdir()}
-    assert after.keys() == before.keys()
-    assert after["a-sks-dog-surfing-0.gif"] == before["a-sks-dog-surfing-0.gif"]
+    assert all(after[name] == before[name] for name in before)
+    assert not any(name.endswith(".part") for name in after)
+
+
+def test_a_folder_of_something_else_is_told_before_anything_is_loaded(
+    base_folder: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cdvideo.base.loader
+
+    monkeypatch.setattr(cdvideo.base.loader, "load_base", _fail)
+    taken = workplace / "runs/films/a-sks-dog-surfing-1-png"
+    taken.mkdir(parents=True)
+    (taken / "Thumbs.db").touch()
+    assert call(base_folder, "--concept", "none", "--format", "gif,png", "--num-videos", "2") == 2
+    assert "holds something else than a film's frames" in capsys.readouterr().err
 
 
 def test_a_codec_without_encoder_is_told_before_anything_is_loaded(

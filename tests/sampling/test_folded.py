@@ -65,7 +65,7 @@ def test_exact_and_plain_blocks_agree_while_the_weights_change(
 
 
 def test_what_one_set_of_weights_can_not_hold_is_refused(lora: Concept) -> None:
-    def asked(strength: str = "1", concept: Concept = lora, **control: Any) -> tuple[Concept, Control]:
+    def asked(strength: float | str = 1.0, concept: Concept = lora, **control: Any) -> tuple[Concept, Control]:
         return concept, Control(concept_strength=strength, **control)
 
     other = dataclasses.replace(lora)

@@ -10,6 +10,8 @@ def test_prompts() -> None:
     assert parse_prompts("0: a dog | 24: a cat: black ") == {0: "a dog", 24: "a cat: black"}
     assert parse_prompts("0: a dog\n12: a cat\n") == {0: "a dog", 12: "a cat"}
     assert parse_prompts("8: a dog") == {8: "a dog"}
+    for plain in ("4:3 picture of a dog", "12:30 at the clock tower"):
+        assert parse_prompts(plain) == {0: plain}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,8 @@ def test_prompts() -> None:
         ("0: a | 8:", "the prompt at frame 8 is empty"),
         ("0: a | 50%: b", "position 50%: must be the number of a frame"),
         ("0: a | 1.5: b", "position 1.5: must be the number of a frame"),
+        ("0%: a | 50%: b", "position 0%: must be the number of a frame"),
+        ("0.5: a | 3: b", "position 0.5: must be the number of a frame"),
     ],
 )
 def test_prompts_that_can_not_be_read(text: str, said: str) -> None:
@@ -34,6 +38,14 @@ def test_curves() -> None:
     assert parse_curve("0.5").is_always(0.5) and parse_curve("0: 1 | 9: 1").constant
     shares = parse_curve("0%: 0.2 | 40%: 1", percent=True)
     assert [shares.at(done) for done in (0, 0.2, 0.4, 1)] == pytest.approx([0.2, 0.6, 1, 1])
+    assert parse_curve(0.5).is_always(0.5)
+
+
+def test_a_closed_curve_comes_back() -> None:
+    closed = parse_curve("0: 1 | 4: 2").closed(8)
+    assert [closed.at(frame) for frame in (0, 4, 6, 8)] == [1, 2, 1.5, 1]
+    assert parse_curve("0: 1 | 8: 2").closed(8) == parse_curve("0: 1 | 8: 2"), "which ends on its last frame"
+    assert parse_curve("0.5").closed(8) == parse_curve("0.5")
 
 
 @pytest.mark.parametrize(
