@@ -55,7 +55,7 @@ def measure_base(config: ReportConfig) -> Report:
     measure_stills(bench, report)
     if bench.motion is not None:
         measure_films(bench, bench.motion, report)
-    if config.speed_runs:
+    if config.speed_runs and (bench.base.path / "motion").is_dir():
         report.figures += [measure_speed(config)]
     return report
 

@@ -78,7 +78,7 @@ class TimedRun(Run):
     ends: list[float] = field(default_factory=list)
 
     def log(self, metrics: Mapping[str, float | int | str]) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         Run.log(self, metrics)
@@ -101,9 +101,9 @@ def step_seconds(
         other_turn.release()
         own_turn.acquire()
 
-    base = load_base(base_name, device=device, dtype=dtype)
-    own_turn.acquire()
     try:
+        base = load_base(base_name, device=device, dtype=dtype)
+        own_turn.acquire()
         with tempfile.TemporaryDirectory() as folder, create_run(Path(folder), "timed") as run:
             timed = TimedRun(run.folder, run.lock, let_the_other_go)
             train_concept(base, pictures, config, timed, quiet=True)

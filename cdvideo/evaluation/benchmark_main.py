@@ -42,9 +42,8 @@ def main(argv: Sequence[str]) -> None:
     parsers = parser.add_subparsers(dest="command", required=True)
     own = {name: parsers.add_parser(name, help=command.help) for name, command in COMMANDS.items()}
     for name, command in COMMANDS.items():
-        own[name].add_argument(
-            "--base", metavar="NAME", help="tiny (the embedded one), random-sd15, or a folder in diffusers' layout"
-        )
+        bases = "tiny (the embedded one), a folder in diffusers' layout, or, of films, random-sd15"
+        own[name].add_argument("--base", metavar="NAME", help=bases)
         command.add_flags(own[name])
         add_common_flags(own[name], resume=False)
     if not argv or argv[0] not in COMMANDS:
@@ -122,6 +121,8 @@ def _film_benchmark(args: Namespace, name: str, cls: type[FilmBenchmark]) -> Non
         print(benchmark_sampler.as_markdown(result))
         print(f"wrote {config.out / f'results-{name}.json'} and .md")
         print_usage_footer(start)
+    if any("failed" in each for group in result["groups"] for each in (group, *group["rows"])):
+        sys.exit(1)
 
 
 COMMANDS = {

@@ -84,6 +84,7 @@ class Side:
         self.run(self.film.seed)
         self.first_seconds = self.seconds.pop()
         self.made.clear()
+        self.run_bytes, self.added_bytes, self.cuda_bytes = 0, None, None  # what compiling took is in peak_bytes
 
     def run(self, seed: int) -> None:
         """Makes the film of a seed once."""
@@ -96,7 +97,8 @@ class Side:
         self.run_bytes = max(self.run_bytes, ran["peak_bytes"])
         if ran["added_bytes"] is not None:
             self.added_bytes = max(self.added_bytes or 0, ran["added_bytes"])
-        self.cuda_bytes = ran["cuda_bytes"]
+        if ran["cuda_bytes"] is not None:
+            self.cuda_bytes = max(self.cuda_bytes or 0, ran["cuda_bytes"])
 
 
 @contextmanager
@@ -125,25 +127,39 @@ def alternate(sides: Sequence[Side], pairs: int, progress: Progress) -> None:
 def sampler(config: SamplerBenchmark, progress: Progress = print) -> dict[str, Any]:
     """Our presets against each way to use diffusers; results-sampler.json and .md in config.out."""
     require_base(config.base)
-    groups = [_against(peer, config, progress) for peer in config.peer_names]
-    return write_results("sampler", config, groups)
+    groups: list[dict[str, Any]] = []
+    for peer in config.peer_names:
+        groups.append(_against(peer, config, progress))
+        result = write_results("sampler", config, groups)  # after each: what is measured is not lost with the next
+    return result
 
 
 def _against(peer: str, config: SamplerBenchmark, progress: Progress) -> dict[str, Any]:
     """One peer and our presets. Each group loads anew, so that no more than one peer is in memory at a time."""
     progress(f"against {PEERS[peer]}")
     with ExitStack() as stack:
+        sides: list[Side] = []
+        failed: list[Row] = []
+        for name in (peer, *config.speeds):
+            try:
+                sides.append(stack.enter_context(side(name, config.film)))
+            except SideError as error:  # what does not run here is a finding
+                progress(f"  failed: {error}")
+                failed.append({"side": name, "failed": str(error)})
+        if not sides:
+            reasons = "; ".join(str(each["failed"]) for each in failed)
+            return {"against": PEERS[peer], "failed": reasons, "rows": failed}
         try:
-            theirs = stack.enter_context(side(peer, config.film))
-        except SideError as error:  # a way to use diffusers that does not run here is a finding
+            alternate(sides, config.pairs, progress)
+            for one in sides:
+                one.flops = one.ask(do="count", seed=config.seed)["flops"]
+        except SideError as error:
             progress(f"  failed: {error}")
-            return {"against": PEERS[peer], "failed": str(error), "rows": []}
-        sides = [theirs, *(stack.enter_context(side(name, config.film)) for name in config.speeds)]
-        alternate(sides, config.pairs, progress)
-        for one in sides:
-            one.flops = one.ask(do="count", seed=config.seed)["flops"]
-        peak = config.peak_tflops or PEAK_TFLOPS.get(theirs.where["device"])
-        return {"against": PEERS[peer], **theirs.where, "rows": [row(one, theirs, peak_tflops=peak) for one in sides]}
+            return {"against": PEERS[peer], "failed": str(error), "rows": failed}
+        where, theirs = sides[0].where, sides[0] if sides[0].name == peer else None
+        known = PEAK_TFLOPS.get(where["device"]) if where["dtype"] in ("bfloat16", "float16") else None
+        rows = [row(one, theirs, peak_tflops=config.peak_tflops or known) for one in sides]
+        return {"against": PEERS[peer], **where, "rows": [*rows, *failed]}
 
 
 def decode(config: DecodeBenchmark, progress: Progress = print) -> dict[str, Any]:
@@ -157,22 +173,28 @@ def decode(config: DecodeBenchmark, progress: Progress = print) -> dict[str, Any
 
 
 def length(config: LengthBenchmark, progress: Progress = print) -> dict[str, Any]:
-    """Films of several lengths, the first being the measure; results-length.json and .md in config.out.
+    """Films of several lengths, the shortest being the measure; results-length.json and .md in config.out.
 
-    `linear`: the time for a frame over that of the shortest film. A film beyond the motion modules' reach is told so.
+    `linear`: the time for a frame over that of the shortest film.
+
+    Raises:
+        UserError: none of them could be made.
     """
     require_base(config.base)
     rows: list[Row] = []
     where: dict[str, Any] = {}
     with ExitStack() as stack:
         running: list[Side] = []
-        for frames in config.lengths:
+        for frames in sorted(config.lengths):
             try:
                 film = dataclasses.replace(config.film, frames=frames)
                 running.append(stack.enter_context(side("exact", film)))
             except SideError as error:
                 progress(f"  {frames} frames: {error}")
                 rows.append({"side": f"{frames} frames", "failed": str(error)})
+        if not running:
+            reasons = "; ".join(str(each["failed"]) for each in rows)
+            raise UserError(reasons, allowed="films that can be made", do="choose other lengths or sizes")
         alternate(running, config.pairs, progress)
         for one in running:
             shortest = running[0]

@@ -181,7 +181,8 @@ def run_film(run: Run, save: str, seed: int) -> Answer:
         "seconds": seconds,
         "peak_bytes": peak,
         "added_bytes": None if before is None else peak - before,
-        "cuda_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        # Reserved, not allocated: a CUDA graph holds its activations without asking for them again.
+        "cuda_bytes": torch.cuda.max_memory_reserved() if cuda else None,
     }
 
 

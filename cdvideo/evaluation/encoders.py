@@ -48,7 +48,7 @@ class TextScorer(Protocol):
 
 
 class IdentityEncoder:
-    """The encoder of individuals of the illustrated world (identity_model.py)."""
+    """The encoder of individuals of the illustrated world (identity/model.py)."""
 
     def __init__(self, folder: Path = IDENTITY, *, device: torch.device) -> None:
         self.net, self.device = load_identity(folder, device=device), device
@@ -87,7 +87,7 @@ class ClipEncoder:
 
         def encode(part_BHWC: Pictures) -> Tensor:
             pixels = self.prepare(images=list(part_BHWC), return_tensors="pt").to(self.device)
-            return self.model.get_image_features(**pixels).pooler_output
+            return _pooled(self.model.get_image_features(**pixels))
 
         return _by_batches(encode, images_BHWC)
 
@@ -96,7 +96,7 @@ class ClipEncoder:
 
         def encode(part: Sequence[str]) -> Tensor:
             tokens = self.tokenizer(list(part), padding=True, truncation=True, return_tensors="pt").to(self.device)
-            return self.model.get_text_features(**tokens).pooler_output
+            return _pooled(self.model.get_text_features(**tokens))
 
         return _by_batches(encode, texts)
 
@@ -176,6 +176,12 @@ def weights_hash(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:10]
+
+
+def _pooled(found: Any) -> Tensor:
+    """Of transformers before 5 the features themselves."""
+    features: Tensor = getattr(found, "pooler_output", found)
+    return features
 
 
 @torch.inference_mode()

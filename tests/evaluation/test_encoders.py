@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from cdvideo.errors import UserError
 from cdvideo.evaluation.encoders import BlipScorer, ClipEncoder, DinoEncoder, IdentityEncoder, JudgeEncoder
@@ -83,6 +86,26 @@ def test_clip_texts_do_not_depend_on_their_padding(clip_folder: Path) -> None:
     clip = ClipEncoder(clip_folder, device=CPU)
     together = clip.texts(["a dog", "a photo of the dog wearing headphones surfing"])
     assert np.allclose(together[:1], clip.texts(["a dog"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_clip_takes_features_of_every_version_of_transformers(
+    clip_folder: Path, images_BHWC: np.ndarray, monkeypatch: pytest.MonkeyPatch, bare: bool
+) -> None:
+    clip = ClipEncoder(clip_folder, device=CPU)
+    wanted = clip.agree(images_BHWC, TEXTS)
+
+    def given(get: Callable[..., Any]) -> Callable[..., Any]:
+        def features(**inputs: Any) -> Any:
+            found = get(**inputs)
+            features_BD = getattr(found, "pooler_output", found)
+            return features_BD if bare else BaseModelOutputWithPooling(pooler_output=features_BD)
+
+        return features
+
+    for name in ("get_image_features", "get_text_features"):
+        monkeypatch.setattr(clip.model, name, given(getattr(clip.model, name)))
+    assert np.array_equal(clip.agree(images_BHWC, TEXTS), wanted)
 
 
 def test_dino_is_the_class_token(tmp_path: Path, images_BHWC: np.ndarray) -> None:

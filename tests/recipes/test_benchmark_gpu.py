@@ -17,29 +17,42 @@ STAND_IN = """#!/bin/sh
 echo "$@" >> "$NOTES"
 case "$*" in
     "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    *decode*) exit 1 ;;
+    *"$FAILS"*) exit 1 ;;
 esac
 """
+
+
+def call(folder: Path, *, fails: str) -> tuple[int, str, list[str]]:
+    """The script's exit code, what it complains of, and what it calls Python with."""
+    python = folder / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    command = ["sh", str(ROOT / "scripts" / "benchmark_gpu.sh"), "wheels", "out"]
+    surroundings = {**os.environ, "PYTHON": str(python), "NOTES": str(folder / "notes"), "FAILS": fails}
+    ran = subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, text=True)
+    return ran.returncode, ran.stderr, (folder / "notes").read_text().splitlines()
 
 
 @pytest.fixture
 def called(tmp_path: Path) -> list[str]:
     """What the script calls Python with; decoding fails."""
-    python = tmp_path / "python"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    command = ["sh", str(ROOT / "scripts" / "benchmark_gpu.sh"), "wheels", "out"]
-    surroundings = {**os.environ, "PYTHON": str(python), "NOTES": str(tmp_path / "notes")}
-    ran = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
-    assert ran.returncode == 1 and "failed: benchmark.py decode" in ran.stderr
-    return (tmp_path / "notes").read_text().splitlines()
+    code, complaint, called = call(tmp_path, fails="decode")
+    assert code == 1 and "failed: benchmark.py decode" in complaint
+    return called
 
 
 def test_packages_come_from_the_folder_alone(called: list[str]) -> None:
-    venv, install, doctor, *_ = called
+    venv, install, xformers, doctor, *_ = called
     assert venv == "-m venv --system-site-packages out/venv"
-    assert install == f"-m pip install --quiet --no-index --find-links wheels {ROOT} xformers"
+    assert install == f"-m pip install --quiet --no-index --find-links wheels {ROOT}"
+    assert xformers == "-m pip install --quiet --no-index --find-links wheels xformers"
     assert doctor.endswith("scripts/doctor.py")
+
+
+def test_without_xformers_all_else_is_measured(tmp_path: Path) -> None:
+    code, complaint, called = call(tmp_path, fails="xformers")
+    assert (code, complaint) == (0, "xformers is left out\n")
+    assert sum("benchmark.py" in line for line in called) == len(COMMANDS)
 
 
 def test_every_benchmark_is_run_and_its_settings_are_known(

@@ -11,7 +11,8 @@ from cdvideo.config import check, load_config
 from cdvideo.world.heldout import HELDOUT_INDIVIDUALS
 
 TOKEN = "sks"
-PLAIN = ("data.focus=picture", "preserve.background_weight=0")  # the whole picture, as in the papers
+# As in the papers: K and V, and the whole picture.
+PUBLISHED = ("adapter.kind=kv", "optim.lr=3e-4", "data.focus=picture", "preserve.background_weight=0")
 # What the study itself says of every training.
 TAKEN = ("images", "token", "class_word", "base", "seed", "out", "device", "dtype", "sample", "others")
 
@@ -78,8 +79,8 @@ class StudyConfig:
     """key=value for every training (concept/config.py)."""
     methods: tuple[MethodConfig, ...] = (
         MethodConfig(name="base, class word", source="base"),
-        MethodConfig(name="Custom Diffusion", settings=("semantic.weight=0", *PLAIN)),
-        MethodConfig(name="ClassDiffusion", settings=PLAIN),
+        MethodConfig(name="Custom Diffusion", settings=("semantic.weight=0", *PUBLISHED)),
+        MethodConfig(name="ClassDiffusion", settings=PUBLISHED),
         MethodConfig(name="ours"),
     )
     against: str = "Custom Diffusion"

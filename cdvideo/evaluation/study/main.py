@@ -47,6 +47,12 @@ def study_command(args: Namespace) -> None:
             allowed="pip install 'cdvideo[eval]'",
             do="install it, or leave films out with films.methods=[]",
         )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "matplotlib is not installed, and studies draw plots",
+            allowed="pip install 'cdvideo[eval]'",
+            do="install it",
+        )
 
     from cdvideo.evaluation.study.page import write_page
     from cdvideo.evaluation.study.run import print_tables, run_study

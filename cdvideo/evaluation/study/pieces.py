@@ -169,7 +169,8 @@ def train(bench: StudyBench, piece: Piece) -> Path:
 def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, list[Picture]]:
     """What the base itself draws of the class, for prior preservation; drawn where it is not there yet."""
     sample = f"{config.data.style}-{config.sample.steps}-{config.sample.guidance:g}"
-    folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}"
+    side = "" if config.resolution is None else f"-{config.resolution}"
+    folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}{side}"
     return prior_pictures(bench.trainee, config, folder, quiet=True)
 
 

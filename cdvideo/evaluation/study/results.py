@@ -136,12 +136,14 @@ class Pick:
             how = "Wilson over concepts and prompts, of which all are alike"
         return Figure(
             part=method.name, name=metric, value=scale * float(values_CP.mean()), unit=unit,
-            interval=(scale * low, scale * high), method=how, **self.count(method, values_CP),
+            interval=(scale * low, scale * high), method=how, **self.count(method, values_CP, metric),
         )  # fmt: skip
 
-    def count(self, method: MethodConfig, values_CP: Means) -> dict[str, Any]:
+    def count(self, method: MethodConfig, values_CP: Means, metric: str = "") -> dict[str, Any]:
         """n and what it counts."""
         trainings = len(self.config.training_seeds) if method.source == "trained" else 1
+        if metric == "class pull":  # one for each training
+            return {"n": len(self.concepts) * trainings, "of": f"trainings, of {len(self.concepts)} concepts"}
         of = "films" if self.film else "pictures"
         of += f", {len(self.concepts)} concepts x {values_CP.shape[1]} prompts x {self.seeds} seeds"
         return {

@@ -32,8 +32,9 @@ def _interval(
 ) -> tuple[float, float]:
     """Percentiles over resamples of both levels (Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).
 
-    Drawing prompts anew within the drawn concepts makes intervals a little wide rather than narrow; of a single
-    concept the interval is that of its prompts alone.
+    With few concepts it is too narrow where they differ more than prompts do: with normal effects, 20 prompts and 200
+    trials it held the true mean in 80 % of four concepts (85 % of eight) whose spread is twice that of prompts, in 84 %
+    (90 %) where both are alike, in 92 % (96 %) at a quarter. Of a single concept it is that of its prompts alone.
     """
     found = np.concatenate([statistic(pick) for pick in _picks(shape, seed)])
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 from cdvideo.errors import UserError
 from cdvideo.evaluation.identity.config import IdentityConfig
@@ -22,30 +21,11 @@ from cdvideo.evaluation.identity.training import draw_views, supervised_contrast
 from cdvideo.evaluation.judge.model import Judge, save_judge
 from cdvideo.world.config import LoopConfig
 from cdvideo.world.heldout import is_heldout_individual
-from cdvideo.world.palette import COLOURS
-from cdvideo.world.sprites import ARTISTS, SCENERY_CODES, SUBJECT_DRAWINGS, THING_CODES, load_sprites
+from cdvideo.world.sprites import load_sprites
 from cdvideo.world.training import Limits
 
 CPU = torch.device("cpu")
 TINY = {"widths": (8, 8, 16, 16), "blocks": (0, 0, 1, 0)}
-
-
-@pytest.fixture(scope="module")
-def sprites_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disc with a dot for every sprite: enough for what is drawn with them to have a fur and markings."""
-    folder = tmp_path_factory.mktemp("sprites")
-    names = [*SUBJECT_DRAWINGS, *THING_CODES, *SCENERY_CODES]
-    for artist in ARTISTS:
-        (folder / artist).mkdir()
-        for i, name in enumerate(names):
-            if name in SUBJECT_DRAWINGS and getattr(SUBJECT_DRAWINGS[name], artist) is None:
-                continue
-            picture = Image.new("RGBA", (64, 64))
-            pen = ImageDraw.Draw(picture)
-            pen.ellipse((2, 2, 61, 61), fill=(*list(COLOURS.values())[i % 6], 255))
-            pen.ellipse((28, 28, 36, 36), fill=(20, 20, 20, 255))
-            picture.save(folder / artist / f"{name}.png")
-    return folder
 
 
 @pytest.fixture
