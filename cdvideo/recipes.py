@@ -38,7 +38,9 @@ def train_concept_main(argv: Sequence[str]) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="3 to 20 pictures of the one thing")
     parser.add_argument("--token", metavar="WORD", help="the made-up word that will stand for it (sks)")
     parser.add_argument("--class-word", metavar="WORDS", help='what kind of thing it is ("dog", "stuffed animal")')
-    parser.add_argument("--base", metavar="NAME", help='"tiny" (embedded), or a folder in the diffusers layout')
+    parser.add_argument(
+        "--base", metavar="NAME", help="tiny, a diffusers folder, a .safetensors or .ckpt file, or a hub id (tiny)"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="training steps")
     add_common_flags(parser)
     args = parser.parse_intermixed_args(argv)

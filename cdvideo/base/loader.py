@@ -184,6 +184,12 @@ def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
     vae = _empty(path, "vae", AutoencoderTiny if vae_class == "AutoencoderTiny" else AutoencoderKL)
     _fill(vae, path, "vae", vae_dtype(vae, dtype, is_sdxl=is_sdxl))
     unet = _empty(path, "unet", UNet2DConditionModel)
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise UserError(
+            f"the UNet in {path} reads {unet.config.in_channels} channels, its VAE has {vae.config.latent_channels}",
+            allowed="text-to-image models; those for inpainting, depth or editing read more than noise",
+            do="give another --base",
+        )
     if second:
         check_added_inputs(unet, second["text_encoder_2"].config.projection_dim, path.name)
     _fill(unet, path, "unet", dtype)
@@ -195,8 +201,13 @@ def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-        # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would.
-        scheduler_config={"clip_sample": False, **DDIMScheduler.load_config(path, subfolder="scheduler")},
+        # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would. Those of Stable
+        # Diffusion 1 are older than other predictions than that of noise.
+        scheduler_config={
+            "clip_sample": False,
+            "prediction_type": "epsilon",
+            **DDIMScheduler.load_config(path, subfolder="scheduler"),
+        },
         found=f"{'SDXL, ' if second else ''}a folder in diffusers' layout",
         matched={part: len(module.state_dict()) for part, module in modules.items()},
         **second,
@@ -272,8 +283,16 @@ def find_base(name: str) -> Path:
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
 
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        except (HfHubHTTPError, OSError) as error:  # no network, no such model, no leave to read it, a full disk
+            raise UserError(
+                f"base {name!r} can not be had from the hub ({str(error).strip().splitlines()[0]})",
+                allowed="the id of a model that you may read, and a network to reach it; what was fetched once is kept",
+                do="check the id given with --base, or give a local folder or file",
+            ) from error
     raise UserError(
         f"base {name!r}: no such folder or file",
         allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model'",

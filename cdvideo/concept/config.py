@@ -29,7 +29,7 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the variants. Right for animals and most objects; wrong for writing and for uneven faces."""
     rescale: float = 0.5
-    """The share of variants in another size, said in the prompt ("far away", "close up"), as in Custom Diffusion. It
+    """The share of variants in another size, said in the prompt ("far away", "close up"), after Custom Diffusion. It
     teaches that size and place are not part of the thing."""
     smallest_scale: float = 0.6
     """The least size of such a variant. 0.6 of 128 pixels is what the embedded base can still draw; for 512 pixels
@@ -95,6 +95,10 @@ class AdapterConfig:
             (1 <= self.num_rows <= 8, f"num_rows={self.num_rows}: must be in [1, 8]"),
             (self.keys == "tuned" or self.kind == "kv", f"keys={self.keys}: needs kind=kv, which has keys"),
             (self.train_rows or self.kind != "token", "train_rows=false: with kind=token nothing else learns"),
+            (
+                self.train_rows or bool(self.initialiser),
+                "train_rows=false: needs an initialiser, without which the token is the class word",
+            ),
             (self.rank >= 1, f"rank={self.rank}: must be at least 1"),
             (self.alpha > 0, f"alpha={self.alpha}: must be above 0"),
             (len(self.targets) >= 1, "targets=[]: at least one name of layers, such as to_v"),
@@ -269,7 +273,7 @@ class ConceptConfig:
     """What kind of thing it is, in words that the base knows; several words are fine ("stuffed animal")."""
     others: tuple[SubjectConfig, ...] = ()
     """More things to learn at once, each with its own token and rows, and all with the same weights:
-    others=[{images: photos/tom, token: tom, class_word: cat}]. Prompts may then hold several of them."""
+    others=[{images: photos/tom, token: tomcat7, class_word: cat}]. Prompts may then hold several of them."""
     base: str = "tiny"
     """The model to teach: "tiny" is the embedded one; else a diffusers folder, a single file, or a hub id."""
     resolution: int | None = None
@@ -308,6 +312,11 @@ class ConceptConfig:
                 self.data.focus == "subject" or not self.preserve.background_weight,
                 f"preserve.background_weight={self.preserve.background_weight:g}: needs data.focus=subject, which says "
                 "where the background is; with data.focus=picture set it to 0",
+            ),
+            (
+                self.adapter.train_rows or not (self.semantic.weight or self.preserve.keep_norm),
+                "semantic.weight, preserve.keep_norm: must be 0 and false with adapter.train_rows=false: they act on "
+                "rows that learn",
             ),
             (
                 self.adapter.kind != "token" or self.preserve.output_weight == self.preserve.anchor_weight == 0,

@@ -47,29 +47,31 @@ class DriftMeter:
             concepts={token: self._new_path(token, word) for token, word in class_words.items()},
         )
 
+    def due(self, step: int) -> bool:
+        """Whether this step is one to measure at: every `TEXT_EVERY`, and the last."""
+        return step % TEXT_EVERY == 0 or step == self.steps
+
     @torch.no_grad()
     def measure(self, concept: Concept, step: int) -> dict[str, float]:
-        """Measures where this step is one to measure at; means over the concepts.
+        """Measures where this step is due; means over the concepts.
 
         Returns:
-            Every `TEXT_EVERY` steps:
             - `drift_distance`: the mean of 1 - cos between a phrase of the concept and the same phrase of the class.
             - `drift_cosine`: the mean cosine of the concept's phrases to the centre of the class's cluster. It stays
               high for a concept whose phrases have become all alike, which the distance does not.
             - `class_cosine`: the same for the class's own phrases, a constant.
             - `drift_percentile`: the share, in %, of the class's own phrases that stand no nearer to the centre than
               the concept's do on average.
-            Every `ATTENTION_EVERY` steps also:
+            Every `ATTENTION_EVERY` steps, and at the last, also:
             - `attention_class`, `attention_concept`: the shares of cross-attention in [0, 1] that the class word and
               the token get, averaged over resolutions.
-            Empty at other steps.
+            Empty at steps that are not due.
         """
-        last = step == self.steps
-        if step % TEXT_EVERY and not last:
+        if not self.due(step):
             return {}
         self.record.text_steps.append(step)
         found = [self._measure_text(concept, token) for token in self.record.concepts]
-        if step % ATTENTION_EVERY == 0 or last:
+        if step % ATTENTION_EVERY == 0 or step == self.steps:
             self.record.attention_steps.append(step)
             for metrics, token in zip(found, self.record.concepts, strict=True):
                 metrics |= self._measure_attention(concept, token)

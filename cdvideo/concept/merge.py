@@ -29,10 +29,10 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
     tune more, are summed, since no such form is known for them.
 
     Args:
-        base: The base that all were trained on; the concepts' tensors are on its device.
+        base: The base that they fit, with which they are to be used; the concepts' tensors are on its device.
 
     Raises:
-        UserError: When two concepts share a token, or were trained on different weights.
+        UserError: When two concepts share a token.
     """
     tokens = [token for concept in concepts for token in concept.tokens]
     twice = sorted({token for token in tokens if tokens.count(token) > 1})
@@ -41,12 +41,6 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
             f"several of the concepts are called {', '.join(twice)}",
             allowed="concepts with different tokens",
             do="train one of them again with another --token",
-        )
-    if len({concept.metadata.base_hash for concept in concepts}) > 1:
-        raise UserError(
-            "the concepts were trained on bases with different weights",
-            allowed="concepts of one base",
-            do="train them on the same --base",
         )
     kind, weights, settings = _merged_weights(base, concepts)
     metadata = dataclasses.replace(

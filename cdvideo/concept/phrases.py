@@ -134,4 +134,4 @@ def training_prompts(style: Literal["picture", "photo"]) -> tuple[str, ...]:
 def fill(template: str, phrase: str) -> str:
     """Puts a phrase into a template, with the right article: fill("a {}", "owl") is "an owl"."""
     article = "an" if phrase[:1].lower() in "aeiou" else "a"
-    return re.sub(r"\ba \{\}", f"{article} {{}}", template).format(phrase)
+    return re.sub(r"\ba \{\}", f"{article} {{}}", template).replace("{}", phrase)

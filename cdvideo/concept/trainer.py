@@ -170,12 +170,14 @@ def train_concept(
                 raise KeyboardInterrupt
             if config.sample.every and step % config.sample.every == 0 and step < config.steps:
                 _draw(sample, concept, config, run, step=step)
+    if start == config.steps and start not in drift.record.text_steps:  # resumed only to end where it stood
+        run.log({"step": config.steps, **_drift_metrics(base, adapter, concept, drift, step=config.steps)})
     drift.save(run.folder)
     return _finish(sample, concept, config, run)
 
 
 def _step_generator(seed: int, step: int) -> torch.Generator:
-    """Every step has its own, so that runs of one seed see the same batches, whatever their losses draw besides."""
+    """Every step has its own, so that runs of one seed see the same pictures, whatever their losses draw besides."""
     return torch.Generator().manual_seed((1_000_003 * seed + step) % 2**32)
 
 
@@ -264,9 +266,11 @@ def _keep_norm(base: Base, concept: Concept) -> None:
 @torch.no_grad()
 def _drift_metrics(base: Base, adapter: Adapter, concept: Concept, drift: DriftMeter, *, step: int) -> dict[str, float]:
     """At steps to measure at: where the concept stands, and how far the UNet's weights have moved from the base's."""
+    if not drift.due(step):
+        return {}
     with adapter.attached():  # so that no second set of weights, with a LoRA in them, is made for it
         measured = drift.measure(dataclasses.replace(concept, weights={}), step)
-    return {**measured, "weight_change": squared_change(base.unet, concept).sqrt().item()} if measured else {}
+    return {**measured, "weight_change": squared_change(base.unet, concept).sqrt().item()}
 
 
 def _draw(sample: Sampler | None, concept: Concept, config: ConceptConfig, run: Run, *, step: int) -> Tensor | None:
@@ -307,7 +311,8 @@ def _resume(state: TrainState, drift: DriftMeter, run: Run, steps: int) -> int:
     if start:
         drift.restore(run.folder, start)
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    run.write_text(metrics.name, "".join(line for line in lines if 0 < start >= json.loads(line)["step"]))
+    whole = [line for line in lines if line.endswith("}\n")]  # the last may be torn
+    run.write_text(metrics.name, "".join(line for line in whole if 0 < start >= json.loads(line)["step"]))
     return start
 
 
@@ -316,6 +321,8 @@ def _fixed_settings(base: Base, pictures: Pictures, config: ConceptConfig) -> di
     settings = dataclasses.asdict(config)
     for free in ("images", "out", "device", "dtype", "base", "steps", "checkpoint_every", "sample"):
         del settings[free]
+    for other in settings["others"]:
+        del other["images"]  # told apart by what they hold, below
     digest = hashlib.sha256()
     for picture in (picture for of_subject in pictures.values() for picture in of_subject):
         digest.update(picture.image.tobytes())

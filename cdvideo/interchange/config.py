@@ -44,9 +44,9 @@ class ConvertConfig:
     inspect: bool = False
     """Say what the file is, and write nothing."""
     base: str = "tiny"
-    """The base that the file was made for: "tiny", a folder in diffusers' layout, or a hub id."""
+    """The base that the file was made for: "tiny", a folder in diffusers' layout, a single file, or a hub id."""
     rank: int | None = None
-    """The most rank of a layer where a change of full rank becomes a LoRA; null keeps all of it. The error is told."""
+    """The most rank of a layer of a LoRA; null keeps all of it. The error is told."""
     token: str = ""
     """What to call the token; empty keeps its name."""
     class_word: str = ""
@@ -61,6 +61,11 @@ class ConvertConfig:
             (bool(self.files), "file is empty: name a file"),
             (self.inspect or self.to != "", "nothing to do: give --to kohya (or another), or --inspect"),
             (self.rank is None or self.rank >= 1, f"rank={self.rank}: must be at least 1"),
+            (
+                self.rank is None or self.to in ("", "kohya", "peft", "diffusers"),
+                f"rank={self.rank} with to={self.to}, which is no LoRA",
+            ),
+            (len(self.token.split()) <= 1, f"token={self.token}: must be one word"),
             *check_files(self.files),
         )
 

@@ -154,7 +154,8 @@ def file_name(token: str) -> str:
 
 
 def _lora_layers(export: Export) -> dict[str, LoraLayer]:
-    """The concept as low-rank layers: as they are where it is a LoRA, else the nearest ones of the rank asked for.
+    """The concept as low-rank layers: as they are where it is a LoRA of no more than the rank asked for, else the
+    nearest ones of that rank.
 
     Raises:
         UserError: For a concept without a change, or one that changes what a LoRA has no place for, unless a rank, and
@@ -164,7 +165,9 @@ def _lora_layers(export: Export) -> dict[str, LoraLayer]:
     if not concept.weights:
         raise UserError("the concept is a token alone", allowed="changes of the model", do="use --to textual-inversion")
     if concept.metadata.adapter == "lora":
-        return as_layers(concept.weights, float(concept.metadata.adapter_settings["alpha"]))
+        layers = as_layers(concept.weights, float(concept.metadata.adapter_settings["alpha"]))
+        if export.rank is None or max(layer.rank for layer in layers.values()) <= export.rank:
+            return layers
     changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
     changes |= text_changes(base, concept)
     changes = {name.removesuffix(".delta"): change for name, change in changes.items() if change.any()}
