@@ -75,24 +75,12 @@ def snr(scheduler: Scheduler, timesteps_B: Tensor) -> Tensor:
     return alpha_bar_B / (1 - alpha_bar_B)
 
 
-def min_snr_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """Min-SNR-gamma loss weights (arXiv 2303.09556, section 3.4).
-
-    The weight of the z_0 loss is min(SNR, gamma); divided by SNR for noise prediction, by SNR + 1 for v prediction.
-    Where the SNR is 0 noise prediction learns nothing of the picture, and its weight is 1.
-    """
-    snr_B = snr(scheduler, timesteps_B)
-    clipped_B = snr_B.clamp(max=gamma)
-    if scheduler.config["prediction_type"] == "v_prediction":
-        return clipped_B / (snr_B + 1)
-    return torch.where(snr_B > 0, clipped_B / snr_B.clamp(min=1e-12), torch.ones_like(snr_B))
-
-
 def truncated_v_weights(scheduler: Scheduler, timesteps_B: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """(min(SNR, gamma) + 1) / (SNR + 1): Min-SNR's cut at gamma applied to the SNR + 1 weighting of v prediction.
+    """(min(SNR, gamma) + 1) / (SNR + 1): Min-SNR's cut at gamma (arXiv 2303.09556, section 3.4) applied to the SNR + 1
+    weighting of v prediction (arXiv 2202.00512, section 4).
 
-    Min-SNR's own v weight is 0 at SNR 0, so a zero-terminal-SNR model would never learn its first sampling step. Here
-    the weight stays 1 up to SNR = gamma ("SNR+1 weighting", arXiv 2202.00512, section 4) and falls above it.
+    Min-SNR's own v weight, min(SNR, gamma) / (SNR + 1), is 0 at SNR 0, so a zero-terminal-SNR model would never learn
+    its first sampling step. Here the weight stays 1 up to SNR = gamma and falls above it.
     """
     assert scheduler.config["prediction_type"] == "v_prediction", scheduler.config["prediction_type"]
     snr_B = snr(scheduler, timesteps_B)

@@ -81,19 +81,6 @@ def attention_maps(
     return maps
 
 
-def attention_mass(
-    base: Base,
-    concept: Concept | None,
-    prompt: str,
-    latents_NCHW: Tensor,
-    timesteps: Sequence[int],
-    generator: torch.Generator,
-) -> dict[str, dict[int, float]]:
-    """The mean of `attention_maps` over pixels and latents: what each word gets at each resolution, in [0, 1]."""
-    maps = attention_maps(base, concept, prompt, latents_NCHW, timesteps, generator)
-    return {word: {height: m.mean().item() for height, m in by_height.items()} for word, by_height in maps.items()}
-
-
 def word_positions(tokenizer: CLIPTokenizer, prompt: str, tokens: Mapping[str, int]) -> dict[str, list[int]]:
     """Which positions of the text each word takes. Words end at spaces; a concept's token is its word's name.
 

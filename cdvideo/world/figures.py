@@ -36,7 +36,6 @@ GLASSES = ("sunglasses", "glasses")
 NECKWEAR = ("scarf", "bow tie", "medal")
 THINGS = ("headphones", *HATS, *GLASSES, *NECKWEAR, "cape")
 COLOURED_THINGS = ("headphones", "cap", "helmet", "bow", "party hat", "wizard hat", "scarf", "bow tie", "cape")
-VEHICLES = ("surfboard", "skateboard", "skis", "car", "boat")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
-from diffusers.training_utils import compute_snr
 
 from cdvideo.base.schedule import (
     add_noise,
     make_scheduler,
-    min_snr_weights,
     snr,
     training_target,
     truncated_v_weights,
@@ -48,21 +46,11 @@ def test_the_last_step_is_pure_noise() -> None:
     assert torch.equal(training_target(scheduler, latents, noise, last), -latents)
 
 
-@pytest.mark.parametrize("config", [V_CONFIG, EPSILON_CONFIG])
-def test_min_snr_weights_follow_the_paper(config: dict[str, object]) -> None:
-    scheduler = make_scheduler(config)
-    steps = STEPS[:-1]
-    ratio = compute_snr(scheduler, steps)
-    divisor = ratio + 1 if config["prediction_type"] == "v_prediction" else ratio
-    torch.testing.assert_close(min_snr_weights(scheduler, steps, gamma=5.0), ratio.clamp(max=5) / divisor)
-
-
 def test_truncated_weights_keep_the_last_step_and_fall_at_clean_ones() -> None:
     scheduler = make_scheduler(V_CONFIG)
     weights = truncated_v_weights(scheduler, torch.arange(1000), gamma=5.0)
     assert weights[999] == 1 and weights[500] == 1
     assert (weights.diff() >= -1e-6).all() and weights[0] < 0.01
-    assert min_snr_weights(scheduler, torch.tensor([999]))[0] == 0
 
 
 KINDS = [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler), ("lcm", LCMScheduler)]

@@ -11,13 +11,12 @@ import numpy as np
 from cdvideo.evaluation.bench import to_pixels
 from cdvideo.evaluation.drawing import Pictures
 from cdvideo.evaluation.encoders import Features, ImageEncoder, JudgeEncoder, TextScorer
+from cdvideo.evaluation.film_report import RIGHT_FRAMES
 from cdvideo.evaluation.judge.model import CLASSES, HEADS, Judge, Verdicts
 from cdvideo.evaluation.metrics import copying, dis_flow, flow_magnitude, subject_consistency
 from cdvideo.evaluation.study.prompts import StudyPrompt
 
 Scores: TypeAlias = dict[str, list[float]]  # metric -> one number for each picture; NaN where it was not asked for
-
-RIGHT_FRAMES = 0.75  # of a film's frames must show all that was asked for: 12 of 16
 
 
 @dataclass(frozen=True)
