@@ -90,6 +90,41 @@ def test_a_missing_part_is_named(tiny_base_folder: Path, tmp_path: Path) -> None
         load_base(str(copy), device=CPU)
 
 
+def test_the_sampler_s_file_of_stable_diffusion_1_5_which_names_no_prediction(
+    tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    told = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085}
+    told |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False}
+    told |= {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    base = load_base(str(copy), device=CPU)
+    assert base.scheduler_config["prediction_type"] == "epsilon"
+
+
+def test_a_model_for_inpainting_is_told(tiny_base_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base_folder, copy)
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.weight"] = torch.cat([tensors["conv_in.weight"]] * 3, dim=1)[:, :9].contiguous()
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"reads 9 channels, its VAE has 4[\s\S]*inpainting"):
+        load_base(str(copy), device=CPU)
+
+
+def test_a_hub_that_can_not_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **_: object) -> str:
+        raise OSError(f"no network to fetch {name}\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"'some/model' can not be had from the hub \(no network to fetch some/model\)"):
+        load_base("some/model", device=CPU)
+
+
 def test_pickled_weights_are_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_base_folder, copy)

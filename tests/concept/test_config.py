@@ -82,6 +82,12 @@ def test_a_class_of_several_words_makes_one_phrase() -> None:
     [
         (["adapter.kind=lora", "adapter.keys=locked"], "keys=locked"),
         (["adapter.kind=token", "adapter.train_rows=false"], "train_rows=false"),
+        (["adapter.train_rows=false", "semantic.weight=0"], "train_rows=false: needs an initialiser"),
+        (["adapter.train_rows=false", "adapter.initialiser=ktn"], r"semantic\.weight, preserve\.keep_norm: must be 0"),
+        (
+            ["adapter.train_rows=false", "adapter.initialiser=ktn", "semantic.weight=0", "preserve.keep_norm=true"],
+            r"semantic\.weight, preserve\.keep_norm: must be 0",
+        ),
         (["adapter.kind=token", "preserve.output_weight=1"], r"preserve\.output_weight"),
         (["data.focus=picture"], r"preserve\.background_weight=1: needs data\.focus=subject"),
         (["semantic.variant=released", "semantic.form=relation"], "form=relation"),

@@ -158,18 +158,24 @@ def test_the_newest_concept_whose_token_is_in_the_prompt_is_found(
         os.utime(path, (time.time() - age, time.time() - age))
         return path
 
+    own = concept.metadata.base_hash
     monkeypatch.setattr(concept_file, "SAMPLE_CONCEPT", tmp_path / "none.safetensors")
-    assert find_concept("a sks dog surfing", tmp_path) is None
+    assert find_concept("a sks dog surfing", tmp_path, base_hash=own) is None
     old, new, other = put("old", "sks", 90), put("new", "sks", 50), put("other", "rex", 10)
-    assert find_concept("a sks dog surfing", tmp_path) == new
-    assert find_concept("a REX dog surfing", tmp_path) == other
-    assert find_concept("a sksy dog", tmp_path) is None
+    assert find_concept("a sks dog surfing", tmp_path, base_hash=own) == new
+    assert find_concept("a REX dog surfing", tmp_path, base_hash=own) == other
+    assert find_concept("a sksy dog", tmp_path, base_hash=own) is None
     new.write_bytes(b"broken")
-    assert find_concept("a sks dog", tmp_path) == old
+    assert find_concept("a sks dog", tmp_path, base_hash=own) == old
     assert "passed over" in caplog.text
 
     monkeypatch.setattr(
         concept_file, "SAMPLE_CONCEPT", put("shipped", "zzz", 0).rename(tmp_path / "sample.safetensors")
     )
-    assert find_concept("a zzz dog", tmp_path) == tmp_path / "sample.safetensors"
+    assert find_concept("a zzz dog", tmp_path, base_hash=own) == tmp_path / "sample.safetensors"
     assert read_metadata(tmp_path / "sample.safetensors").class_words == {"zzz": "dog"}
+
+    caplog.clear()
+    assert find_concept("a zzz dog", tmp_path, base_hash="another") is None and "other weights" not in caplog.text
+    assert find_concept("a sks dog", tmp_path, base_hash="another") is None
+    assert "old/concept.safetensors, learned on a base with other weights" in caplog.text

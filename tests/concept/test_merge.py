@@ -80,12 +80,16 @@ def test_tokens_alone_stay_tokens_alone(tiny_base: Base, config: ConceptConfig) 
 
 
 def test_what_does_not_go_together_is_told(tiny_base: Base, config: ConceptConfig) -> None:
-    one, other = learned(tiny_base, config, "sks"), learned(tiny_base, config, "rex")
+    one = learned(tiny_base, config, "sks")
     with pytest.raises(UserError, match="called sks"):
         merge_concepts(tiny_base, [one, one])
+
+
+def test_concepts_of_relatives_of_a_base_go_together(tiny_base: Base, config: ConceptConfig) -> None:
+    """Such as one of a folder and one of the same weights in a single file; each was told of when it was loaded."""
+    one, other = learned(tiny_base, config, "sks"), learned(tiny_base, config, "rex")
     foreign = dataclasses.replace(other, metadata=dataclasses.replace(other.metadata, base_hash="0" * 16))
-    with pytest.raises(UserError, match="different weights"):
-        merge_concepts(tiny_base, [one, foreign])
+    assert merge_concepts(tiny_base, [one, foreign]).tokens.keys() == {"sks", "rex"}
 
 
 def with_text(base: Base, concept: Concept) -> Concept:

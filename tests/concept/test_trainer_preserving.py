@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
+from cdvideo.concept import data
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.errors import UserError
@@ -36,13 +36,25 @@ def test_runs_of_one_seed_see_the_same_batches_whatever_their_losses(
     assert len(set(first)) == 1
 
 
-def test_what_surrounds_the_subject_has_a_term_of_its_own(
-    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path
+def test_what_surrounds_the_subject_is_kept(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups: dict[str, Any] = {"preserve": {"background_weight": 1.0}, "data": {"focus": "subject"}}
-    _, metrics = train_with(tiny_base, pictures, changed(config, **groups), tmp_path)
-    losses = [line["loss_background"] for line in metrics if "loss_background" in line]
-    assert len(losses) == config.steps
+    def left_half(_base: Base, latents_NCHW: Tensor, _prompt: str, *, seed: int) -> Tensor:
+        masks_N1HW = torch.zeros_like(latents_NCHW[:, :1])
+        masks_N1HW[..., : masks_N1HW.shape[-1] // 2] = 1
+        return masks_N1HW
+
+    monkeypatch.setattr(data, "subject_masks", left_half)  # the tiny base sees the subject everywhere
+    config = changed(dataclasses.replace(config, steps=12), optim={"lr": 1e-2}, data={"focus": "subject"})
+
+    def losses(weight: float) -> list[float]:
+        weighted = changed(config, preserve={"background_weight": weight})
+        _, metrics = train_with(tiny_base, pictures, weighted, tmp_path / f"{weight}")
+        return [line["loss_background"] for line in metrics if "loss_background" in line]
+
+    free, kept = losses(1e-9), losses(20.0)
+    assert len(kept) == config.steps and kept[0] == free[0]
+    assert sum(kept[-4:]) < 0.75 * sum(free[-4:])
 
 
 @pytest.mark.parametrize("kind", ["kv", "unet", "lora"])

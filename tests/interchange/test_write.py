@@ -213,6 +213,16 @@ def test_a_limited_rank_tells_its_error(tiny_base: Base, tmp_path: Path, draw: D
     assert (torch.cat(approximated) - change).norm() / change.norm() == pytest.approx(errors[2], rel=0.05)
 
 
+def test_a_lora_of_a_higher_rank_is_brought_to_the_one_asked_for(tiny_base: Base, tmp_path: Path, draw: Draw) -> None:
+    concept = learned(tiny_base, ADAPTERS["lora"])
+    rank = int(concept.metadata.adapter_settings["rank"])
+    (said,) = written(tiny_base, concept, tmp_path / "less", "kohya", rank - 1)[:1]
+    assert f"of rank {rank - 1} to {rank - 1}: error" in said
+    assert not any("error" in line for line in written(tiny_base, concept, tmp_path / "same", "kohya", rank))
+    less, same = (draw(load_adapters(tiny_base, [(tmp_path / name, 1.0)])) for name in ("less", "same"))
+    assert (same - draw(concept)).abs().max() < 1e-3 < (less - draw(concept)).abs().max()
+
+
 def test_biases_have_no_place_in_a_lora(tiny_base: Base, tmp_path: Path) -> None:
     concept = learned(tiny_base, {"kind": "unet"})
     with pytest.raises(UserError, match=r"changes unet\..*bias and \d+ more"):

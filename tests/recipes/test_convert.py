@@ -113,6 +113,11 @@ def test_the_token_may_get_another_name(tiny_base_folder: Path, workplace: Path)
         (["absent.safetensors", "--to", "kohya"], "no file or folder absent.safetensors"),
         (["style.safetensors:0", "--to", "kohya"], "other than 0"),
         (["style.safetensors", "--to", "kohya", "--rank", "0"], "rank=0"),
+        (["style.safetensors", "--to", "cdvideo", "--rank", "2"], "rank=2 with to=cdvideo, which is no LoRA"),
+        (
+            ["runs/rex/concept.safetensors", "--to", "kohya", "--token", "two words"],
+            "token=two words: must be one word",
+        ),
         (["style.safetensors", "--to", "custom-diffusion"], "changes mid_block"),
         (["style.safetensors", "--to", "textual-inversion"], "no token"),
     ],

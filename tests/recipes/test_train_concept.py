@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,10 @@ def test_a_run_leaves_everything_that_it_promises(
     concept = load_concept(folder / "concept.safetensors", base=tiny_base)
     assert concept.metadata.class_words == {"rex": "stuffed animal"} and concept.metadata.preview
     assert "token: rex" in (folder / "config.yaml").read_text()
-    assert find_concept("a rex stuffed animal surfing", tmp_path / "runs") == folder / "concept.safetensors"
+    assert (
+        find_concept("a rex stuffed animal surfing", tmp_path / "runs", base_hash=tiny_base.hash)
+        == folder / "concept.safetensors"
+    )
     said = capsys.readouterr().out
     assert "concept.safetensors" in said and "done in" in said and "peak memory" in said
 
@@ -169,6 +173,14 @@ def test_an_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path, flags: li
     assert process.returncode == 130 and "--resume --out" in said
     done = json.loads(metrics.read_text().splitlines()[-1])["step"]
 
+    ended = tmp_path / "runs" / "ended"
+    shutil.copytree(tmp_path / "runs" / "rex", ended)
+    with (ended / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 1')
+    assert run_main(train_concept_main, ["--resume", "--out", str(ended), "--steps", str(done)]) == 0
+    last = json.loads((ended / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], "drift_cosine" in last) == (done, True), "measured at its end, whatever the step"
+
     again = ["--resume", "--out", str(tmp_path / "runs" / "rex"), "--steps", str(done + 2), "--quiet"]
     assert run_main(train_concept_main, again) == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
@@ -198,5 +210,5 @@ def test_two_things_at_once(tmp_path: Path, flags: list[str], photos: Path, tiny
     assert run_main(train_concept_main, [*flags, "--quiet", others]) == 0
     path = tmp_path / "runs" / "rex" / "concept.safetensors"
     assert load_concept(path, base=tiny_base).metadata.class_words == {"sks": "dog", "tom": "cat"}
-    assert find_concept("a tom cat surfing", tmp_path / "runs") == path
+    assert find_concept("a tom cat surfing", tmp_path / "runs", base_hash=tiny_base.hash) == path
     assert run_main(train_concept_main, [*flags, "--quiet", others.replace("tom", "dog")]) == 2  # a word of the base
