@@ -207,9 +207,10 @@ def _attend_to_text(attention: Attention, rows_NLC: Tensor, *, plus: Tensor) -> 
     """All frames of a film read the same text, so they are one long row of queries."""
     compiled, heads = attention.processor, attention.heads
     assert isinstance(compiled, CompiledCrossAttention), "prepared layers sample from compiled prompts"
-    films = len(compiled.keys_BNLE)
+    text = compiled.text
+    films = len(text[0])
     query = by_heads(rows_NLC.flatten(0, 1), attention.to_q, heads).unflatten(1, (films, -1)).flatten(0, 1)
-    keys, values = (kept.transpose(0, 1).flatten(0, 1) for kept in (compiled.keys_BNLE, compiled.values_BNLE))
+    keys, values = (kept.transpose(0, 1).flatten(0, 1) for kept in text)
     mixed = attend_rows(query, keys, values).unflatten(0, (heads, films))
     return linear(mixed.permute(1, 2, 0, 3).reshape(rows_NLC.shape), attention.to_out[0], plus=plus)
 

@@ -7,6 +7,7 @@ pristine one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,19 @@ def reading(unet: UNet2DConditionModel, prompt: PromptKV) -> Iterator[None]:
             attention.set_processor(former[name])
 
 
+@contextmanager
+def reading_half(index: int) -> Iterator[None]:
+    """Within the block, this thread reads only the first or the second half of whatever compiled prompts are read."""
+    _THREAD.half = index
+    try:
+        yield
+    finally:
+        del _THREAD.half
+
+
+_THREAD = threading.local()
+
+
 class CompiledCrossAttention:
     """diffusers' attention processor for a cross-attention whose K and V are known already.
 
@@ -97,8 +111,16 @@ class CompiledCrossAttention:
     """
 
     def __init__(self, keys_BNLE: Tensor, values_BNLE: Tensor) -> None:
-        self.keys_BNLE = keys_BNLE
-        self.values_BNLE = values_BNLE
+        self._text = (keys_BNLE, values_BNLE)
+
+    @property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """keys_BNLE and values_BNLE that this thread reads."""
+        half = getattr(_THREAD, "half", None)
+        if half is None:
+            return self._text
+        keys_BNLE, values_BNLE = (each.chunk(2)[half] for each in self._text)
+        return keys_BNLE, values_BNLE
 
     def __call__(
         self,
@@ -107,9 +129,10 @@ class CompiledCrossAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        films = len(self.keys_BNLE)
+        keys_BNLE, values_BNLE = self.text
+        films = len(keys_BNLE)
         query_BNQE = _split_heads(attn.to_q(hidden_states).unflatten(0, (films, -1)).flatten(1, 2), attn.heads)
-        read_BNQE = attend(query_BNQE, self.keys_BNLE, self.values_BNLE)
+        read_BNQE = attend(query_BNQE, keys_BNLE, values_BNLE)
         return attn.to_out[0](read_BNQE.transpose(1, 2).reshape(hidden_states.shape))
 
 

@@ -26,6 +26,8 @@ class Speed:
     """Exact: enlarging by doubling pixels, then a 3x3 convolution, is four 2x2 convolutions of the small picture."""
     winograd: bool = True
     """Exact: on CPUs in float32 the 3x3 convolutions of wide layers, the VAE's too, with a quarter of the products."""
+    halves: bool = True
+    """Exact: on CPUs the two halves of guidance are computed at once, each by half of the cores."""
     compiled: bool = False
     """Exact: the UNet is one compiled graph, in place of all above but the prefix; asked for apart (--compile)."""
 
@@ -59,6 +61,7 @@ PLAIN = Speed(  # the reference: every block as diffusers computes it
     motion=False,
     upsampling=False,
     winograd=False,
+    halves=False,
 )
 EXACT = Speed()
 # Measured on the embedded base, 16 frames, 25 DDIM steps, fp32, five films of "a dog wearing headphones surfing"
