@@ -22,9 +22,10 @@ from cdvideo.attention import (
 from cdvideo.base.loader import Base
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import FrameAttention
+from cdvideo.sampling import kernels
 from cdvideo.sampling.attention import attending
 from cdvideo.sampling.image import sample_images
-from cdvideo.sampling.kernels import attend_rows
+from cdvideo.sampling.kernels import attend_rows, by_heads
 
 CPU = torch.device("cpu")
 CRASH = "CUDA error: invalid configuration argument"
@@ -89,14 +90,30 @@ def test_a_batch_beyond_the_limit_is_split(xformers: list[torch.Size]) -> None:
 
 
 @torch.inference_mode()
-def test_rows_beyond_the_limit_are_members_with_heads(xformers: list[torch.Size]) -> None:
-    """The sampler's own attention has pixels and heads in one: two films of 64 x 64 pixels and 8 heads."""
-    query, keys, values = torch.randn(3, 65_536, 80, 2).unbind()
+def test_more_pixels_than_the_limit_over_frames(xformers: list[torch.Size]) -> None:
+    """The sampler's own attention over frames: more pixels than a kernel's grid has places, with heads of their own."""
+    query_NLC, keys_NLC, values_NLC = torch.randn(3, MOST_BATCH + 1, 80, 2).unbind()
+    keys_NHTE, values_NHTE = by_heads(keys_NLC, 1), by_heads(values_NLC, 1)
     with attention_backend("xformers", CPU, torch.float32):
         xformers.clear()
-        found = attend_rows(query, keys, values)
-    assert xformers == [(8192, 80, 8, 2)]
-    assert (found - attend(query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)).squeeze(1)).abs().max() < 1e-5
+        found = attend_rows(query_NLC, keys_NHTE, values_NHTE)
+    assert xformers == [(MOST_BATCH, 80, 1, 2), (1, 80, 1, 2)]
+    assert (found - attend(query_NLC.unsqueeze(1), keys_NHTE, values_NHTE).squeeze(1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", [5, 64, 65])
+@torch.inference_mode()
+def test_rows_attend_by_heads(places: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long attention alike are the formula, and in as many parts as the scores that are computed at once."""
+    query_NLC, keys_NTC, values_NTC = torch.randn(3, 7, 12).to(dtype), *torch.randn(2, 3, places, 12).to(dtype)
+    keys_NHTE, values_NHTE = by_heads(keys_NTC, 2), by_heads(values_NTC, 2)
+    scores_NHLT = by_heads(query_NLC, 2).float() @ keys_NHTE.float().transpose(-1, -2) / 6**0.5
+    expected_NLC = (scores_NHLT.softmax(-1) @ values_NHTE.float()).transpose(1, 2).flatten(2)
+    for most in (kernels.SCORES, 1):
+        monkeypatch.setattr(kernels, "SCORES", most)
+        found_NLC = attend_rows(query_NLC, keys_NHTE, values_NHTE)
+        assert (found_NLC.float() - expected_NLC).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_projections_reach_xformers_without_a_copy(xformers: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 
+Apart = Callable[[Callable[[], Tensor]], Tensor]
+
 
 @dataclass
 class DeepFeature:
@@ -53,6 +55,7 @@ class VideoUNet:
         added: Mapping[str, Tensor] | None = None,
         *,
         copies: int = 1,
+        apart: Apart | None = None,
         deep: DeepFeature | None = None,
     ) -> Tensor:
         """Predicts what the base was trained to predict (noise or velocity), for whole films.
@@ -64,7 +67,9 @@ class VideoUNet:
             added: what SDXL's UNet reads beside the text, its `added_cond_kwargs`, one for each film or for each of its
                 frames.
             copies: how many prompts read each film: with 2, the prompts are those of all films, then others for all of
-                them, and what comes before the first attention to text is computed once; not with `added`.
+                them, and what comes before the first attention is computed once; not with `added`.
+            apart: called with what computes the prediction of one of the copies, for which this thread then has to read
+                that copy's prompts; it returns those of all. None computes them in one batch.
             deep: the inner layers are left out where it holds what they gave, and else their output is put into it.
 
         Returns:
@@ -77,8 +82,8 @@ class VideoUNet:
         self._check_frames(num_frames)
         if self.motion.config.joint_image_norms:
             with joint_norms(self.unet, num_frames):
-                return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, deep)
-        return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, deep)
+                return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, apart, deep)
+        return self._walk(latents_BFCHW, timestep, text_BLD, added, copies, apart, deep)
 
     def _walk(
         self,
@@ -87,6 +92,7 @@ class VideoUNet:
         text_BLD: Tensor | None,
         added: Mapping[str, Tensor] | None,
         copies: int,
+        apart: Apart | None,
         deep: DeepFeature | None,
     ) -> Tensor:
         num_frames = latents_BFCHW.shape[1]
@@ -109,52 +115,52 @@ class VideoUNet:
                 hidden_NCHW = attention(hidden_NCHW, encoder_hidden_states=text_NLD, return_dict=False)[0]
             return hidden_NCHW if motion_module is None else motion_module(hidden_NCHW, num_frames)
 
-        def layer(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
-            nonlocal copies
-            hidden_NCHW = resnet(parts[0], hidden_NCHW)
-            if parts[1] is not None:  # from here on each film's copies differ
-                hidden_NCHW, copies = _repeated(hidden_NCHW, copies), 1
-            return run(attend, hidden_NCHW, *parts[1:3])
-
-        def down(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
-            return parts[0](hidden_NCHW) if len(parts) == 1 else layer(hidden_NCHW, parts)
-
-        def up(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
-            skip_NCHW = skips.pop()
-            skip_NCHW = _repeated(skip_NCHW, len(hidden_NCHW) // len(skip_NCHW))
-            hidden_NCHW = layer(torch.cat([hidden_NCHW, skip_NCHW], dim=1), parts)
-            # The next skip says the size, so that latents of odd height or width find their way back.
-            return hidden_NCHW if parts[3] is None else parts[3](hidden_NCHW, skips[-1].shape[-2:])
-
         downs, ups = _downs(unet, motion), _ups(unet, motion)
         inner = 0 if deep is None else max(len(ups) - deep.layers, 0)  # up layers that a deep feature stands for
         kept_NCHW = None if deep is None else deep.hidden_NCHW
+        if kept_NCHW is not None:
+            downs = downs[: len(ups) - inner - 1]
 
-        hidden_NCHW = unet.conv_in(latents_BFCHW.flatten(0, 1))
-        skips = [hidden_NCHW]
-        for parts in downs if kept_NCHW is None else downs[: len(ups) - inner - 1]:
-            hidden_NCHW = down(hidden_NCHW, parts)
-            skips.append(hidden_NCHW)
+        def onwards(skip_NCHW: Tensor, hidden_NCHW: Tensor) -> Tensor:
+            """From the first resnet on."""
+            skips = [skip_NCHW]
+            for index, parts in enumerate(downs):
+                if len(parts) == 1:
+                    hidden_NCHW = parts[0](hidden_NCHW)
+                else:
+                    hidden_NCHW = resnet(parts[0], hidden_NCHW) if index else hidden_NCHW
+                    hidden_NCHW = run(attend, hidden_NCHW, *parts[1:])
+                skips.append(hidden_NCHW)
 
-        if kept_NCHW is None:
-            first, *others = unet.mid_block.resnets
-            hidden_NCHW = resnet(first, hidden_NCHW)
-            for other, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
-                hidden_NCHW = _repeated(hidden_NCHW, copies)
-                copies = 1
-                hidden_NCHW = resnet(other, run(attend, hidden_NCHW, attention, motion_module))
-            for parts in ups[:inner]:
+            def up(hidden_NCHW: Tensor, parts: Sequence[Any]) -> Tensor:
+                hidden_NCHW = resnet(parts[0], torch.cat([hidden_NCHW, skips.pop()], dim=1))
+                hidden_NCHW = run(attend, hidden_NCHW, *parts[1:3])
+                # The next skip says the size, so that latents of odd height or width find their way back.
+                return hidden_NCHW if parts[3] is None else parts[3](hidden_NCHW, skips[-1].shape[-2:])
+
+            if kept_NCHW is None:
+                first, *others = unet.mid_block.resnets
+                hidden_NCHW = resnet(first, hidden_NCHW)
+                for other, attention, motion_module in _layers(others, unet.mid_block, motion.mid_block):
+                    hidden_NCHW = resnet(other, run(attend, hidden_NCHW, attention, motion_module))
+                for parts in ups[:inner]:
+                    hidden_NCHW = up(hidden_NCHW, parts)
+            else:
+                hidden_NCHW = kept_NCHW
+            if deep is not None:
+                deep.hidden_NCHW = hidden_NCHW
+            for parts in ups[inner:]:
                 hidden_NCHW = up(hidden_NCHW, parts)
-        else:
-            hidden_NCHW, copies = kept_NCHW, 1
-        if deep is not None:
-            deep.hidden_NCHW = hidden_NCHW
-        for parts in ups[inner:]:
-            hidden_NCHW = up(hidden_NCHW, parts)
 
-        if unet.conv_norm_out is not None:
-            hidden_NCHW = unet.conv_act(unet.conv_norm_out(hidden_NCHW))
-        return unet.conv_out(hidden_NCHW).unflatten(0, (-1, num_frames))
+            if unet.conv_norm_out is not None:
+                hidden_NCHW = unet.conv_act(unet.conv_norm_out(hidden_NCHW))
+            return unet.conv_out(hidden_NCHW).unflatten(0, (-1, num_frames))
+
+        skip_NCHW = unet.conv_in(latents_BFCHW.flatten(0, 1))
+        hidden_NCHW = resnet(downs[0][0], skip_NCHW) if downs else skip_NCHW
+        if apart is not None:
+            return apart(partial(onwards, skip_NCHW, hidden_NCHW))
+        return onwards(_repeated(skip_NCHW, copies), _repeated(hidden_NCHW, copies))
 
     def _layer_runner(self, num_frames: int) -> Callable[..., Tensor]:
         """Calls a layer, `run(layer, *inputs)`: plainly, or so that its activations are computed anew for gradients."""

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from cdvideo.motion.video_unet import Apart
 from cdvideo.sampling.prompt_kv import reading_half
-
-Halves = Callable[[Callable[[int], Tensor]], Tensor]  # what computes one half -> both, one after the other
 
 
 @contextmanager
-def two_halves(device: torch.device) -> Iterator[Halves | None]:
-    """Within the block, what calls a function for 0 and for 1 at once, and concatenates; None where that gains nothing.
+def two_halves(device: torch.device) -> Iterator[Apart | None]:
+    """Within the block, what calls a function twice at once, and concatenates; None where that gains nothing.
 
     Each call reads its half of the compiled prompts. Modes that look on as torch computes (counting operations,
     tensors without data) see one thread alone, so under them there is none.
@@ -32,12 +31,12 @@ def two_halves(device: torch.device) -> Iterator[Halves | None]:
         return
 
     @torch.inference_mode()
-    def half(compute: Callable[[int], Tensor], index: int) -> Tensor:
+    def compute(half: Callable[[], Tensor], index: int) -> Tensor:
         with reading_half(index):
-            return compute(index)
+            return half()
 
     try:
         with ThreadPoolExecutor(2, "half", torch.set_num_threads, (threads // 2,)) as pool:
-            yield lambda compute: torch.cat(list(pool.map(half, [compute, compute], (0, 1))))
+            yield lambda half: torch.cat(list(pool.map(compute, (half, half), (0, 1))))
     finally:
         torch.set_num_threads(threads)  # some of its libraries keep one number for all threads

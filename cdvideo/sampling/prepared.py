@@ -27,7 +27,8 @@ from cdvideo.sampling.prompt_kv import CompiledCrossAttention
 from cdvideo.sampling.speed import Speed
 from cdvideo.sampling.winograd import by_tiles, convolve
 
-WIDE = 2**21  # numbers between the layers of a feed-forward at once; more leave the CPU's last cache
+# Numbers between the layers of a feed-forward at once: on CPUs more leave the caches, elsewhere they take memory.
+WIDE, WIDE_ELSEWHERE = 2**20, 2**27
 
 
 @contextmanager
@@ -130,7 +131,7 @@ class FastAttention:
         transformer = self.transformer
         hidden_NLC = linear(group_norm(tokens(hidden_NCHW), transformer.norm), transformer.proj_in)
         for block in transformer.transformer_blocks:
-            hidden_NLC = _attend_to_pixels(block.attn1, block.norm1(hidden_NLC), plus=hidden_NLC)
+            hidden_NLC = _attend_to_itself(block.attn1, block.norm1(hidden_NLC), plus=hidden_NLC)
             hidden_NLC = _attend_to_text(block.attn2, block.norm2(hidden_NLC), plus=hidden_NLC)
             hidden_NLC = _feed_forward(block.ff, block.norm3(hidden_NLC), plus=hidden_NLC)
         return (pictures(linear(hidden_NLC, transformer.proj_out, plus=tokens(hidden_NCHW)), hidden_NCHW),)
@@ -153,7 +154,7 @@ class FastMotion:
         for block in cast("Iterable[TemporalBlock]", module.transformer_blocks):
             for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
                 seen_PFC = norm(moved_PFC).add_(block.pos_embed.pe[:, :frames])
-                moved_PFC = _attend_to_frames(attention, seen_PFC, plus=moved_PFC)
+                moved_PFC = _attend_to_itself(attention, seen_PFC, plus=moved_PFC)
             moved_PFC = _feed_forward(block.ff, block.norm3(moved_PFC), plus=moved_PFC)
         moved_BLFC = linear(moved_PFC, module.proj_out).unflatten(0, (len(rows_BFLC), -1))
         return pictures((rows_BFLC + moved_BLFC.transpose(1, 2)).flatten(0, 1), hidden_NCHW)
@@ -193,42 +194,28 @@ class FastUpsampler:
         return made_NHWC.permute(0, 3, 1, 2)
 
 
-def _attend_to_pixels(attention: Attention, rows_NLC: Tensor, *, plus: Tensor) -> Tensor:
-    count, heads = len(rows_NLC), attention.heads
-    query, keys, values = (
-        by_heads(rows_NLC.flatten(0, 1), layer, heads).unflatten(1, (count, -1)).flatten(0, 1)
-        for layer in (attention.to_q, attention.to_k, attention.to_v)
+def _attend_to_itself(attention: Attention | FrameAttention, rows_NLC: Tensor, *, plus: Tensor) -> Tensor:
+    """Pixels of a picture to each other, or frames of a pixel."""
+    keys_NHTE, values_NHTE = (
+        by_heads(linear(rows_NLC, layer), attention.heads) for layer in (attention.to_k, attention.to_v)
     )
-    mixed = attend_rows(query, keys, values).unflatten(0, (heads, count))
-    return linear(mixed.permute(1, 2, 0, 3).flatten(2), attention.to_out[0], plus=plus)
+    read_NLC = attend_rows(linear(rows_NLC, attention.to_q), keys_NHTE, values_NHTE)
+    return linear(read_NLC, cast(nn.Linear, attention.to_out[0]), plus=plus)
 
 
 def _attend_to_text(attention: Attention, rows_NLC: Tensor, *, plus: Tensor) -> Tensor:
     """All frames of a film read the same text, so they are one long row of queries."""
-    compiled, heads = attention.processor, attention.heads
+    compiled = attention.processor
     assert isinstance(compiled, CompiledCrossAttention), "prepared layers sample from compiled prompts"
-    text = compiled.text
-    films = len(text[0])
-    query = by_heads(rows_NLC.flatten(0, 1), attention.to_q, heads).unflatten(1, (films, -1)).flatten(0, 1)
-    keys, values = (kept.transpose(0, 1).flatten(0, 1) for kept in text)
-    mixed = attend_rows(query, keys, values).unflatten(0, (heads, films))
-    return linear(mixed.permute(1, 2, 0, 3).reshape(rows_NLC.shape), attention.to_out[0], plus=plus)
-
-
-def _attend_to_frames(attention: FrameAttention, rows_PFC: Tensor, *, plus: Tensor) -> Tensor:
-    pixels, heads = len(rows_PFC), attention.heads
-    query, keys, values = (
-        by_heads(rows_PFC.flatten(0, 1), layer, heads).unflatten(1, (pixels, -1)).flatten(0, 1)
-        for layer in (attention.to_q, attention.to_k, attention.to_v)
-    )
-    mixed = attend_rows(query, keys, values).unflatten(0, (heads, pixels))
-    out = cast(nn.Linear, attention.to_out[0])
-    return linear(mixed.permute(1, 2, 0, 3).flatten(2), out, plus=plus)
+    keys_BNLE, values_BNLE = compiled.text
+    query_BQC = linear(rows_NLC, attention.to_q).unflatten(0, (len(keys_BNLE), -1)).flatten(1, 2)
+    read_NLC = attend_rows(query_BQC, keys_BNLE, values_BNLE).reshape(rows_NLC.shape)
+    return linear(read_NLC, attention.to_out[0], plus=plus)
 
 
 def _feed_forward(forward: Any, rows: Tensor, *, plus: Tensor) -> Tensor:
     """In as many parts as keep what lies between the two layers small: it is four times as wide."""
-    parts = -(-rows.numel() * 4 // WIDE)
+    parts = -(-rows.numel() * 4 // (WIDE if rows.device.type == "cpu" else WIDE_ELSEWHERE))
     made = [
         linear(gated(part, forward.net[0].proj), forward.net[2], plus=part_plus)
         for part, part_plus in zip(rows.chunk(parts), plus.chunk(parts), strict=True)

@@ -27,7 +27,8 @@ class Speed:
     winograd: bool = True
     """Exact: on CPUs in float32 the 3x3 convolutions of wide layers, the VAE's too, with a quarter of the products."""
     halves: bool = True
-    """Exact: on CPUs the two halves of guidance are computed at once, each by half of the cores."""
+    """Exact: on CPUs, from where the halves of guidance differ they are computed at once, each by half of the cores;
+    with the shared prefix, and where no deep feature is kept."""
     compiled: bool = False
     """Exact: the UNet is one compiled graph, in place of all above but the prefix; asked for apart (--compile)."""
 

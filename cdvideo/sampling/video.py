@@ -229,8 +229,7 @@ def _window_model(
             """With guidance it is called with all films twice; after the steps that are guided both answers are one."""
             both = with_guidance and step < speed.guided_until * settings.steps
             alone = with_guidance and not both
-            once = alone or (both and (shared_prefix or halves is not None))
-            films_BFCHW = latents_BFCHW[: len(films)] if once else latents_BFCHW
+            films_BFCHW = latents_BFCHW[: len(films)] if alone or (both and shared_prefix) else latents_BFCHW
             films_BFCHW, timestep = films_BFCHW.to(base.device, base.dtype), timestep.to(base.device)
             with ExitStack() as held:
                 now, done = steady, step / max(settings.steps - 1, 1)
@@ -245,23 +244,20 @@ def _window_model(
                 held.enter_context(moving(video_unet.motion, moves, shown, copies=1 + both))
                 if table is not None:
                     table.step = step
-                if both and halves is not None:
-                    answer = halves(lambda half: walk(films_BFCHW, timestep, None, now.half(half).added)).float()
-                else:
-                    copies = (1 + both) * len(films) // len(films_BFCHW)
-                    kept = _deep_feature(deep, speed, (shown, alone), step)
-                    answer = walk(films_BFCHW, timestep, None, now.added, copies=copies, deep=kept).float()
+                copies = (1 + both) * len(films) // len(films_BFCHW)
+                kept = _deep_feature(deep, speed, (shown, alone), step)
+                apart = halves if copies == 2 else None
+                answer = walk(films_BFCHW, timestep, None, now.added, copies=copies, apart=apart, deep=kept).float()
             return torch.cat([answer, answer]) if alone else answer
 
         return guided(predict, settings.guidance)
 
-    # Both a deep feature and joint norms are kept for all that is computed at once.
-    apart = speed.halves and speed.deep_every == 1 and not video_unet.motion.config.joint_image_norms
+    at_once = with_guidance and speed.halves and speed.deep_every == 1 and not speed.compiled
     with (
         at_work(base.device, base.unet, video_unet.motion),
         nullcontext() if folded is None or folded.varies else folded.acting(base.unet, done=0),
         reading(base.unet, steady),
-        two_halves(base.device) if apart and with_guidance else nullcontext() as halves,
+        two_halves(base.device) if at_once else nullcontext() as halves,
     ):
         table = None
         if speed.compiled:  # a graph fuses by itself, and of blocks prepared for one film it would be made for each
