@@ -1,18 +1,21 @@
-"""Modules that rest in the computer's memory and are on the GPU only while they work.
+"""Modules that rest in the computer's memory and are on the GPU only while they work; on the CPU they rest in the file.
 
 A film needs its text encoder once, then the UNet for all steps, then the VAE: never two of them at a time. A module
 that was left in RAM (`load_base(..., resting=...)`) is copied to the device for as long as a block lasts. Its weights
-in RAM stay what they are, so nothing has to be brought back, and results are the same bit for bit.
+in RAM stay what they are, so nothing has to be brought back, and results are the same bit for bit. A module that works
+on the CPU lets go of what it maps of a file (base/mapped.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cdvideo.base.mapped import letting_go
 
 
 @contextmanager
@@ -32,7 +35,8 @@ def at_work(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     try:
         for home, name, tensor in resting:
             home[name] = tensor.to(device)
-        yield
+        with letting_go(modules) if device.type == "cpu" else nullcontext():
+            yield
     finally:
         for home, name, tensor in resting:
             home[name] = tensor
