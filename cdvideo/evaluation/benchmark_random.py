@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from cdvideo.motion.modules import MotionModules
 def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionModules]:
     """The same weights on every call on the same device in the same dtype; never a second copy in memory.
 
-    On the CPU they lie in a file that is mapped into memory, as those of a base do that is loaded from one.
+    On the CPU each model's lie in a file that is mapped into memory, as those of a base do that is loaded from files.
 
     It predicts v, unlike Stable Diffusion 1.5: what random weights predict then stays as large as a picture.
     """
@@ -34,12 +34,10 @@ def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionM
         vae = AutoencoderKL.from_config(CONFIGS["vae"])
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(CONFIGS["text_encoder"]))
         motion = MotionModules(MotionConfig(norm_mode="diffusers"))
-    modules = (unet, vae, text_encoder, motion)
-    room = _mapped_room(modules, dtype) if device.type == "cpu" else None
-    for module in modules:
-        _fill(module, device, dtype, room)
-    if room is not None:
-        let_go(file_spans([each for module in modules for each in module.parameters()], mapped_files()))
+    for module in (unet, vae, text_encoder, motion):
+        _fill(module, device, dtype)
+        if device.type == "cpu":
+            let_go(file_spans(module.parameters(), mapped_files()))
     base = Base(
         name=RANDOM_SD15,
         path=Path(RANDOM_SD15),
@@ -56,16 +54,17 @@ def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionM
     return base, motion
 
 
-def _mapped_room(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Empty tensors for all parameters, one after the other, in a file without a name that goes with the process."""
-    sizes = [parameter.numel() for module in modules for parameter in module.parameters()]
+def _mapped_room(module: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Empty tensors for its parameters, one after the other, in a file without a name that goes with the last."""
+    sizes = [parameter.numel() for parameter in module.parameters()]
     with tempfile.NamedTemporaryFile() as file:
         room = torch.from_file(file.name, shared=True, size=sum(sizes), dtype=dtype)
     return iter(room.split(sizes))
 
 
-def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype, room: Iterator[Tensor] | None) -> None:
+def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Weights that keep the variance of what passes through, norms and biases that do nothing; in place."""
+    room = _mapped_room(module, dtype) if device.type == "cpu" else None
     generator = torch.Generator(device).manual_seed(0)
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
 
-Apart = Callable[[Callable[[], Tensor]], Tensor]
+Apart = Callable[[Callable[[], Tensor]], Tensor]  # from what computes one copy's prediction to those of all
 
 
 @dataclass
