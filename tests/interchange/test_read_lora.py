@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def save_tuned(pipeline: Any, settings: dict[str, LoraConfig], folder: Path, *, 
     """Puts adapters with random weights into the pipeline and saves them as diffusers does."""
     factors = {}
     for model, config in settings.items():
-        getattr(pipeline, model).add_adapter(config)
+        inject_adapter_in_model(config, getattr(pipeline, model))  # what the models' own add_adapter calls
         for name, parameter in getattr(pipeline, model).named_parameters():
             if "lora_" in name:
                 parameter.data = random(*parameter.shape)
