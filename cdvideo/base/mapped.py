@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 Span = tuple[int, int]  # of addresses: from, to
 _DONT_NEED = 4  # of madvise(2)
-_PRESENT, _OF_A_FILE = 1 << 63, 1 << 61  # of an entry in /proc/self/pagemap
+_HELD, _OF_A_FILE = 1 << 63 | 1 << 62, 1 << 61  # of an entry in /proc/self/pagemap: in memory or swapped out
 
 
 @contextmanager
@@ -75,12 +75,16 @@ def mapped_files() -> list[Span]:
 
 
 def _is_written(span: Span) -> bool:
-    """Whether a page is this process's own copy by now: what was written into it would be lost."""
+    """Whether a page is this process's own copy by now, which would be lost; also where the system does not tell."""
     start, end = span
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        pagemap.seek(start // mmap.PAGESIZE * 8)
-        entries = np.frombuffer(pagemap.read((end - start) // mmap.PAGESIZE * 8), dtype=np.uint64)
-    return bool(((entries & np.uint64(_PRESENT | _OF_A_FILE)) == np.uint64(_PRESENT)).any())
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(start // mmap.PAGESIZE * 8)
+            entries = np.frombuffer(pagemap.read((end - start) // mmap.PAGESIZE * 8), dtype=np.uint64)
+    except OSError:  # some containers keep it closed
+        return True
+    held, of_a_file = (entries & np.uint64(flag) != 0 for flag in (_HELD, _OF_A_FILE))
+    return bool((held & ~of_a_file).any())
 
 
 def let_go(spans: Sequence[Span], *_: object) -> None:

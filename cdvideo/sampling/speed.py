@@ -25,7 +25,7 @@ class Speed:
     upsampling: bool = True
     """Exact: enlarging by doubling pixels, then a 3x3 convolution, is four 2x2 convolutions of the small picture."""
     winograd: bool = True
-    """Exact: on CPUs in float32 the 3x3 convolutions, but of narrow layers, with a quarter of the products."""
+    """Exact: on CPUs in float32 3x3 convolutions from 96 channels on, the VAE's too, with a quarter of the products."""
     halves: bool = True
     """Exact: on CPUs, from where the halves of guidance differ they are computed at once, each by half of the cores;
     with the shared prefix, and where no deep feature is kept."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from cdvideo.base import mapped
 from cdvideo.base.checkpoint import read_tensors
 from cdvideo.base.mapped import file_spans, letting_go, mapped_files
 from cdvideo.base.offload import at_work
@@ -66,6 +67,19 @@ def test_what_was_written_since_stays(model: nn.Sequential) -> None:
         assert pages_in_memory(model[0]) >= 255 and pages_in_memory(model[1]) == 0
     assert torch.equal(model(torch.ones(1, 512)), expected_NC)
     assert (model[0].weight[300] == 7).all() and (model[2].weight[0] == 5).all()
+
+
+@torch.inference_mode()
+def test_where_the_system_does_not_tell_what_was_written_all_stays(
+    model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(mapped, "open", closed, raising=False)
+    with letting_go([model]):
+        model(torch.ones(1, 512))
+        assert pages_in_memory(model[0]) >= 255
 
 
 def test_spans_are_whole_pages_of_files_alone(model: nn.Sequential) -> None:
