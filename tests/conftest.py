@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
 # Before torch is imported, as scripts have it (cdvideo/cpu.py): beside other work, tests take a thirtieth of the time.
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+# Processes of pytest-xdist share the cores by tests. With more threads than cores each would wait for the others'.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import pytest
 import torch
@@ -33,12 +36,20 @@ MAX_TOKENS = 24
 
 # A shell starts background jobs with Ctrl-C ignored; tests of interrupts need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch with two threads at least, without which the halves of guidance are not computed at once."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(max(2, former))
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from cdvideo.sampling.video import sample_video
 from tests.base.ldm_names import save_folder
 from tests.motion.animatediff_names import make_adapter, official
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("two_threads")]
 
 PROMPT, NEGATIVE = "a photo of the dog surfing", "snow"
 OPTIONS: dict[str, Any] = {"negative_prompt": NEGATIVE, "guidance": 4.0, "steps": 5}

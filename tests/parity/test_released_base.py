@@ -18,7 +18,7 @@ from cdvideo.sampling.denoise import draw_noise
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import sample_video, to_uint8
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("two_threads")]
 
 PROMPT = "a dog wearing headphones surfing"
 CPU = torch.device("cpu")

@@ -25,6 +25,8 @@ from cdvideo.sampling.start import encode_frames, start_from_picture, start_from
 from cdvideo.sampling.video import Film, decode_frames, sample_latents, sample_video, sample_videos
 from cdvideo.sampling.windows import looped_windows, windowed
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 QUICK = FilmSettings(frames=3, steps=2, guidance=3.0)
 
 
