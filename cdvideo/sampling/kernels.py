@@ -6,6 +6,8 @@ register; elsewhere the same is written as torch's own operations. For inference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from cdvideo.attention import attend
 
 _ONEDNN: list[torch.dtype] = []  # in what oneDNN computes
 if torch.backends.mkldnn.is_available():
+    _PRODUCT: Any = torch.ops.mkldnn._linear_pointwise
     _ONEDNN = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
 SCORES = 2**19  # attention scores computed at once on the CPU: as many as its second-level cache holds
 
@@ -28,33 +31,44 @@ def pictures(tokens_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
     return tokens_NLC.unflatten(1, like_NCHW.shape[-2:]).permute(0, 3, 1, 2)
 
 
-def linear(
+def linear(rows: Tensor, layer: nn.Linear | nn.Conv2d, *, plus: Tensor | None = None) -> Tensor:
+    """A linear layer, or a 1x1 convolution on rows of channels; then a sum where asked."""
+    weight = layer.weight if layer.weight.ndim == 2 else layer.weight.flatten(1)
+    return product(rows, weight, layer.bias, plus=plus)
+
+
+def product(
     rows: Tensor,
-    layer: nn.Linear | nn.Conv2d,
+    weight_OC: Tensor,
+    bias_O: Tensor | None,
     *,
     plus: Tensor | None = None,
-    part: slice = slice(None),
+    times: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """A linear layer, or a 1x1 convolution on rows of channels; `part` of its outputs; then GELU, or a sum."""
-    weight, bias = layer.weight.flatten(1)[part], None if layer.bias is None else layer.bias[part]
+    """rows_O of rows_C; then a sum, a product by element, or GELU: one of them."""
     if fuses(rows):
         if plus is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(rows, plus, weight, bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "gelu" if gelu else "none", [], "none")
-    made = F.linear(rows, weight, bias)
-    return F.gelu(made) if gelu else made if plus is None else made + plus
+            return _PRODUCT.binary(rows, plus, weight_OC, bias_O, "add")
+        if times is not None:
+            return _PRODUCT.binary(rows, times, weight_OC, bias_O, "mul")
+        return _PRODUCT.default(rows, weight_OC, bias_O, "gelu" if gelu else "none", [], "none")
+    made = F.linear(rows, weight_OC, bias_O)
+    if plus is not None:
+        return made + plus
+    if times is not None:
+        return made * times
+    return F.gelu(made) if gelu else made
 
 
 def gated(rows: Tensor, layer: nn.Linear) -> Tensor:
     """GEGLU (arXiv 2002.05202, equation 6): the first half of the layer's outputs times the GELU of the second."""
-    half = layer.out_features // 2
     if not fuses(rows):
         value, gate = layer(rows).chunk(2, dim=-1)
         return value * F.gelu(gate)
-    gate = linear(rows, layer, part=slice(half, None), gelu=True)
-    bias = None if layer.bias is None else layer.bias[:half]
-    return torch.ops.mkldnn._linear_pointwise.binary(rows, gate, layer.weight[:half], bias, "mul")
+    value_OC, gate_OC = layer.weight.chunk(2)
+    value_O, gate_O = (None, None) if layer.bias is None else layer.bias.chunk(2)
+    return product(rows, value_OC, value_O, times=product(rows, gate_OC, gate_O, gelu=True))
 
 
 def fuses(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from cdvideo.motion.modules import FrameAttention, MotionModules, TemporalBlock, TemporalTransformer
-from cdvideo.sampling.kernels import attend_rows, by_heads, gated, group_norm, linear, pictures, tokens
+from cdvideo.sampling.kernels import attend_rows, by_heads, fuses, gated, group_norm, linear, pictures, product, tokens
 from cdvideo.sampling.prompt_kv import CompiledCrossAttention
 from cdvideo.sampling.speed import Speed
 from cdvideo.sampling.winograd import by_tiles, convolve
@@ -207,10 +207,34 @@ def _attend_to_text(attention: Attention, rows_NLC: Tensor, *, plus: Tensor) -> 
     """All frames of a film read the same text, so they are one long row of queries."""
     compiled = attention.processor
     assert isinstance(compiled, CompiledCrossAttention), "prepared layers sample from compiled prompts"
-    keys_BNLE, values_BNLE = compiled.text
-    query_BQC = linear(rows_NLC, attention.to_q).unflatten(0, (len(keys_BNLE), -1)).flatten(1, 2)
-    read_NLC = attend_rows(query_BQC, keys_BNLE, values_BNLE).reshape(rows_NLC.shape)
+    keys_BHTE, values_BHTE = compiled.text
+    films, heads, length, _ = keys_BHTE.shape
+    channels, rows = rows_NLC.shape[-1], rows_NLC.shape[:-1].numel() // films
+    if fuses(rows_NLC) and heads * length <= channels + length and rows >= 4 * channels:
+        return _read_short_text(attention, rows_NLC, keys_BHTE, values_BHTE, plus=plus)
+    query_BQC = linear(rows_NLC, attention.to_q).unflatten(0, (films, -1)).flatten(1, 2)
+    read_NLC = attend_rows(query_BQC, keys_BHTE, values_BHTE).reshape(rows_NLC.shape)
     return linear(read_NLC, attention.to_out[0], plus=plus)
+
+
+def _read_short_text(
+    attention: Attention, rows_NLC: Tensor, keys_BHTE: Tensor, values_BHTE: Tensor, *, plus: Tensor
+) -> Tensor:
+    """The same in two products for each film, which are no larger where the text of all heads is short.
+
+    Keys join the layer that makes queries, (x Q) K = x (Q K), and values the one behind them.
+    """
+    films, heads, _, channels = keys_BHTE.shape
+    query_HEC = attention.to_q.weight.unflatten(0, (heads, -1))
+    out_HCE = attention.to_out[0].weight.unflatten(1, (heads, -1)).transpose(0, 1)
+    into_BSC = torch.matmul(keys_BHTE * channels**-0.5, query_HEC).flatten(1, 2)  # S: scores of all heads
+    back_BCS = torch.matmul(out_HCE, values_BHTE.transpose(2, 3)).transpose(1, 2).flatten(2)
+    made = []
+    for film, (part, part_plus) in enumerate(zip(rows_NLC.chunk(films), plus.chunk(films), strict=True)):
+        scores = product(part, into_BSC[film], None).unflatten(-1, (heads, -1))
+        shares = scores.float().softmax(-1).to(scores.dtype).flatten(-2)
+        made.append(product(shares, back_BCS[film], attention.to_out[0].bias, plus=part_plus))
+    return made[0] if films == 1 else torch.cat(made)
 
 
 def _feed_forward(forward: Any, rows: Tensor, *, plus: Tensor) -> Tensor:
@@ -245,6 +269,7 @@ def _is_plain_transformer(transformer: Transformer2DModel) -> bool:
         and block.attn2 is not None
         and block.attn2.is_cross_attention
         and _is_plain_attention(block.attn2)
+        and block.attn2.to_q.bias is None
         and type(block.ff.net[0]).__name__ == "GEGLU"
         for block in blocks
     )

@@ -15,6 +15,7 @@ from cdvideo.base.loader import Base
 from cdvideo.concept.concept import Concept
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import DeepFeature, VideoUNet
+from cdvideo.sampling import prepared as prepared_blocks
 from cdvideo.sampling.forecast import forecasting
 from cdvideo.sampling.options import Control, FilmSettings, Windows
 from cdvideo.sampling.prepared import TimeTable, prepared
@@ -93,6 +94,24 @@ def test_other_sizes(size: tuple[int, int]) -> None:
         with prepared(unet, motion, EXACT):
             found = VideoUNet(unet, motion)(latents_BFCHW, 5, None)
     assert relative(found, expected) <= 5e-6
+
+
+@pytest.mark.parametrize(("tokens", "joined"), [(5, True), (40, False)], ids=["short", "long"])
+@torch.no_grad()
+def test_short_texts_join_the_layers_around_them(tokens: int, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, motion = make_models(block_out_channels=(16, 16, 16))
+    latents_BFCHW, _ = inputs(size=(16, 16))
+    text_BLD = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(2))
+    calls = []
+    read = prepared_blocks._read_short_text
+    monkeypatch.setattr(prepared_blocks, "_read_short_text", lambda *a, **k: calls.append(a) or read(*a, **k))
+    video_unet = VideoUNet(unet, motion)
+    with reading(unet, read_text(unet, text_BLD)):
+        expected = video_unet(latents_BFCHW, 321, None)
+        with prepared(unet, motion, speed_of("attentions")):
+            found = video_unet(latents_BFCHW, 321, None)
+    assert bool(calls) == joined
+    assert relative(found, expected) < 1e-5
 
 
 @torch.no_grad()
