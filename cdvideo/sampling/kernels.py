@@ -87,11 +87,12 @@ def group_norm(rows_NLC: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> T
     count, groups = rows_NLC.shape[1] * rows_NLC.shape[2] // norm.num_groups, norm.num_groups
     rows = rows_NLC if rows_NLC.dtype == torch.float64 else rows_NLC.float()
     mean_NG = rows.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
-    square_NG = rows.square().sum(1).unflatten(1, (groups, -1)).sum(-1) / count
+    normed = rows.square()  # and later the result, in the same memory
+    square_NG = normed.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
     scale_NG = (square_NG - mean_NG.square()).clamp(min=0).add(norm.eps).rsqrt()
     scale_NC = scale_NG.unsqueeze(-1) * norm.weight.unflatten(0, (groups, -1))
     shift_NC = norm.bias.unflatten(0, (groups, -1)) - mean_NG.unsqueeze(-1) * scale_NC
-    normed = torch.addcmul(shift_NC.flatten(1).unsqueeze(1), rows, scale_NC.flatten(1).unsqueeze(1))
+    torch.addcmul(shift_NC.flatten(1).unsqueeze(1), rows, scale_NC.flatten(1).unsqueeze(1), out=normed)
     return (F.silu(normed, inplace=True) if silu else normed).to(rows_NLC.dtype)
 
 

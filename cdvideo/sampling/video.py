@@ -298,6 +298,8 @@ def decode_stream(
     base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK, winograd: bool = True
 ) -> Iterator[Frame]:
     """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once."""
+    if winograd and latents_FCHW.device.type == "cpu":  # where channels lie last, convolutions copy less
+        latents_FCHW = latents_FCHW.to(memory_format=torch.channels_last)
     with at_work(base.device, base.vae), by_tiles(base.vae) if winograd else nullcontext():
         for part_FCHW in latents_FCHW.split(chunk):
             yield from to_uint8(decode_latents(base.vae, part_FCHW, chunk=chunk))
