@@ -19,7 +19,8 @@ class Speed:
     resnets: bool = True
     """Exact: resnets keep channels last; the group norm needs two sums, the shortcut joins its matrix product."""
     attentions: bool = True
-    """Exact: spatial transformers without copies between layouts; sums, gates and GELU join the matrix products."""
+    """Exact: spatial transformers without copies between layouts; sums, gates and GELU join the matrix products, and on
+    CPUs so do the keys and values of short texts."""
     motion: bool = True
     """Exact: motion modules likewise; frames attend to each other in batched products, not in many small calls."""
     upsampling: bool = True

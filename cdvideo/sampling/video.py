@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -290,7 +291,12 @@ def decode_frames(
     Returns:
         frames_FHWC
     """
-    return np.stack(list(decode_stream(base, latents_FCHW, chunk=chunk, winograd=winograd)))
+    stream = decode_stream(base, latents_FCHW, chunk=chunk, winograd=winograd)
+    first_HWC = next(stream)
+    frames_FHWC = np.empty((len(latents_FCHW), *first_HWC.shape), dtype=first_HWC.dtype)  # stacking holds all twice
+    for index, frame_HWC in enumerate(chain([first_HWC], stream)):
+        frames_FHWC[index] = frame_HWC
+    return frames_FHWC
 
 
 @torch.inference_mode()
