@@ -37,28 +37,14 @@ def linear(rows: Tensor, layer: nn.Linear | nn.Conv2d, *, plus: Tensor | None = 
     return product(rows, weight, layer.bias, plus=plus)
 
 
-def product(
-    rows: Tensor,
-    weight_OC: Tensor,
-    bias_O: Tensor | None,
-    *,
-    plus: Tensor | None = None,
-    times: Tensor | None = None,
-    gelu: bool = False,
-) -> Tensor:
-    """rows_O of rows_C; then a sum, a product by element, or GELU: one of them."""
+def product(rows: Tensor, weight_OC: Tensor, bias_O: Tensor | None, *, plus: Tensor | None = None) -> Tensor:
+    """rows_O of rows_C; then a sum where asked."""
     if fuses(rows):
         if plus is not None:
             return _PRODUCT.binary(rows, plus, weight_OC, bias_O, "add")
-        if times is not None:
-            return _PRODUCT.binary(rows, times, weight_OC, bias_O, "mul")
-        return _PRODUCT.default(rows, weight_OC, bias_O, "gelu" if gelu else "none", [], "none")
+        return _PRODUCT.default(rows, weight_OC, bias_O, "none", [], "none")
     made = F.linear(rows, weight_OC, bias_O)
-    if plus is not None:
-        return made + plus
-    if times is not None:
-        return made * times
-    return F.gelu(made) if gelu else made
+    return made if plus is None else made + plus
 
 
 def gated(rows: Tensor, layer: nn.Linear) -> Tensor:
@@ -68,7 +54,8 @@ def gated(rows: Tensor, layer: nn.Linear) -> Tensor:
         return value * F.gelu(gate)
     value_OC, gate_OC = layer.weight.chunk(2)
     value_O, gate_O = (None, None) if layer.bias is None else layer.bias.chunk(2)
-    return product(rows, value_OC, value_O, times=product(rows, gate_OC, gate_O, gelu=True))
+    gate = _PRODUCT.default(rows, gate_OC, gate_O, "gelu", [], "none")
+    return _PRODUCT.binary(rows, gate, value_OC, value_O, "mul")
 
 
 def fuses(tensor: Tensor) -> bool:
