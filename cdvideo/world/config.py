@@ -9,6 +9,8 @@ from typing import Literal
 from cdvideo.config import check
 
 STAGES = ("sprites", "data", "vae", "text", "latents", "unet", "motion", "export")
+WAN_STAGES = ("sprites", "data", "wan-vae", "wan-latents", "wan", "wan-export")
+"""The stages of the embedded Wan, from the same world."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +179,90 @@ class MotionTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WanVaeConfig:
+    """AutoencoderKLWan, 8 x 8 x 4 pixels a latent: learned on single frames and short clips in every step."""
+
+    width: int = 32
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels of each level in widths; the last two are equal, as the residual form asks."""
+    blocks: int = 1
+    latent_channels: int = 16
+    crop: int = 64
+    """Side of the training crops in pixels; whole pictures from ``whole_from`` on."""
+    frames: int = 9
+    """Frames of a training clip, 4 n + 1."""
+    clips: int = 32
+    """Clips in a batch, beside ``loop.batch`` single frames."""
+    whole_from: float = 0.85
+    """Part of the steps after which whole frames are trained on, in batches of the same number of pixels."""
+    kl_weight: float = 1e-4
+    """Weight of the latents' divergence from a unit Gaussian, per number."""
+    loop: LoopConfig = _loop(steps=6_000, batch=128, lr=1.5e-3, log_every=50, sample_every=1000)
+
+    def __post_init__(self) -> None:
+        check(
+            (self.width >= 4, f"width={self.width}: must be at least 4"),
+            (
+                len(self.multipliers) == 3 and self.multipliers[-1] == self.multipliers[-2],
+                f"multipliers={self.multipliers}: must be three, the last two equal",
+            ),
+            (self.blocks >= 1, f"blocks={self.blocks}: must be at least 1"),
+            (self.latent_channels >= 1, f"latent_channels={self.latent_channels}: must be at least 1"),
+            (self.crop >= 16 and self.crop % 16 == 0, f"crop={self.crop}: must be a multiple of 16, at least 16"),
+            (self.frames % 4 == 1, f"frames={self.frames}: must be 4 n + 1"),
+            (self.clips >= 1, f"clips={self.clips}: must be at least 1"),
+            (0 <= self.whole_from <= 1, f"whole_from={self.whole_from}: must be 0 to 1"),
+            (self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must be at least 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanConfig:
+    """WanTransformer3DModel and UMT5EncoderModel, learned together by flow matching on stills and clips."""
+
+    width: int = 192
+    heads: int = 4
+    layers: int = 8
+    ffn: int = 576
+    """Channels of the feed-forward layers."""
+    vocabulary: int = 2500
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_tokens: int = 40
+    """Longest caption in tokens, the end of text included; longer ones are cut."""
+    clips: int = 128
+    """Clips in a batch, beside ``loop.batch`` stills."""
+    shift: float = 2.0
+    """Shift of the training times towards noise: t' = s t / (1 + (s - 1) t)."""
+    subject_weight: float = 4.0
+    """Loss weight of the subject and what it wears in stills, against 1 for the rest."""
+    empty_captions: float = 0.1
+    noisy_captions: float = 0.1
+    loop: LoopConfig = _loop(steps=10_000, batch=512, lr=1.5e-3, warmup=200, log_every=50, sample_every=2000)
+
+    def __post_init__(self) -> None:
+        check(
+            (self.width % self.heads == 0, f"width={self.width}: must be a multiple of heads={self.heads}"),
+            (self.width // self.heads % 2 == 0, f"width={self.width}: must be an even number of channels a head"),
+            (self.layers >= 1, f"layers={self.layers}: must be at least 1"),
+            (self.ffn >= 1, f"ffn={self.ffn}: must be at least 1"),
+            (self.vocabulary >= 300, f"vocabulary={self.vocabulary}: must be at least 300"),
+            (
+                self.text_width % self.text_heads == 0,
+                f"text_width={self.text_width}: must be a multiple of text_heads={self.text_heads}",
+            ),
+            (self.text_layers >= 1, f"text_layers={self.text_layers}: must be at least 1"),
+            (8 <= self.text_tokens < 512, f"text_tokens={self.text_tokens}: must be 8 to 511"),
+            (self.clips >= 1, f"clips={self.clips}: must be at least 1"),
+            (self.shift > 0, f"shift={self.shift}: must be above 0"),
+            (self.subject_weight >= 1, f"subject_weight={self.subject_weight}: must be at least 1"),
+            (0 <= self.empty_captions <= 1, f"empty_captions={self.empty_captions}: must be 0 to 1"),
+            (0 <= self.noisy_captions <= 1, f"noisy_captions={self.noisy_captions}: must be 0 to 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MakeBaseConfig:
     """Everything about the embedded base's training."""
 
@@ -196,6 +282,8 @@ class MakeBaseConfig:
     text: TextConfig = field(default_factory=TextConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
     motion: MotionTrainingConfig = field(default_factory=MotionTrainingConfig)
+    wan_vae: WanVaeConfig = field(default_factory=WanVaeConfig)
+    wan: WanConfig = field(default_factory=WanConfig)
 
     def __post_init__(self) -> None:
         check(
@@ -209,5 +297,9 @@ class MakeBaseConfig:
             (
                 self.data.frames <= self.motion.max_frames,
                 f"data.frames={self.data.frames}: must be at most motion.max_frames={self.motion.max_frames}",
+            ),
+            (
+                self.wan_vae.crop <= self.resolution,
+                f"wan_vae.crop={self.wan_vae.crop}: must be at most resolution={self.resolution}",
             ),
         )

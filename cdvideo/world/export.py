@@ -9,10 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save
 
 from cdvideo.base.loader import weights_hash
 from cdvideo.errors import UserError
+from cdvideo.world.wan_parts import SCHEDULER_CONFIG
 
 MAX_BYTES = 32 * 2**20
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion")
@@ -28,6 +30,19 @@ MODEL_INDEX = {
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
+}
+
+MAX_WAN_BYTES = 15 * 2**20
+WAN_INDEX = {
+    "_class_name": "WanPipeline",
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "boundary_ratio": None,
+    "expand_timesteps": False,
 }
 
 
@@ -70,6 +85,39 @@ def export_base(model: Path, target: Path) -> None:
                 shutil.rmtree(old)
             item.replace(old)
     print(f"exported {size / 2**20:.2f} MiB to {target}" + (f", without {', '.join(missing)}" if missing else ""))
+
+
+def export_wan(model: Path, target: Path) -> None:
+    """Write the embedded Wan's parts into ``target`` as fp16, as diffusers' WanPipeline reads them.
+
+    Raises:
+        UserError: the folder would be larger than 15 MiB; ``target`` is left as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        new = Path(scratch) / "base"
+        shutil.copytree(model, new)
+        for file in new.rglob("*.safetensors"):
+            weights = {name: _half(tensor) for name, tensor in load_file(file).items()}
+            file.unlink()
+            file.write_bytes(save(weights, metadata={"format": "pt"}))
+        UniPCMultistepScheduler.from_config(SCHEDULER_CONFIG).save_pretrained(new / "scheduler")
+        index = {"_diffusers_version": version("diffusers"), **WAN_INDEX}
+        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
+        if size > MAX_WAN_BYTES:
+            raise UserError(
+                f"the base takes {size / 2**20:.1f} MiB",
+                allowed=f"at most {MAX_WAN_BYTES // 2**20} MiB",
+                do="choose fewer channels or layers",
+            )
+        target.mkdir(exist_ok=True)
+        for item in new.iterdir():
+            old = target / item.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            item.replace(old)
+    print(f"exported {size / 2**20:.2f} MiB to {target}")
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
-from cdvideo.world.config import STAGES, MakeBaseConfig
+from cdvideo.world.config import STAGES, WAN_STAGES, MakeBaseConfig
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line of scripts/make_base.py."""
     start = time.perf_counter()
     parser = ArgumentParser(description="Make the embedded base. Every stage goes on where it was interrupted.")
-    parser.add_argument("--stage", choices=[*STAGES, "scenes", "clips", "all"], default="all")
+    parser.add_argument("--stage", choices=[*dict.fromkeys([*STAGES, *WAN_STAGES]), "scenes", "clips", "all", "all-wan"], default="all")
     parser.add_argument("--minutes", type=float, metavar="M", help="most minutes that each training stage takes now")
     parser.add_argument("--fit", action="store_true", help="end the training schedule with the minutes")
     parser.add_argument("--sprites", type=Path, default=Path(".sprites"), metavar="FOLDER", help="the world's drawings")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from cdvideo.world.training import Limits
 
     limits = Limits(seconds=args.minutes and 60 * args.minutes, fit=args.fit, quiet=args.quiet)
-    stages = STAGES if args.stage == "all" else (args.stage,)
+    stages = {"all": STAGES, "all-wan": WAN_STAGES}.get(args.stage, (args.stage,))
     make_base(config, stages, limits=limits, sprites=args.sprites, export=args.export)
     if not args.quiet:
         print_usage_footer(start)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKLWan, AutoencoderTiny, UNet2DConditionModel, WanTransformer3DModel
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, UMT5EncoderModel
 
 from cdvideo.base.loader import load_text_encoder
 from cdvideo.config import to_yaml
@@ -19,29 +19,45 @@ from cdvideo.errors import UserError
 from cdvideo.motion.files import load_motion
 from cdvideo.runs import atomic_path, require_writable
 from cdvideo.world.card import write_card
-from cdvideo.world.config import STAGES, MakeBaseConfig
+from cdvideo.world.config import STAGES, WAN_STAGES, MakeBaseConfig
 from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split, rendered_with
-from cdvideo.world.export import export_base
+from cdvideo.world.export import export_base, export_wan
 from cdvideo.world.tokenizer import caption_words, tokenize_split, train_tokenizer
 from cdvideo.world.train_motion import train_motion
 from cdvideo.world.train_text import train_text
 from cdvideo.world.train_unet import train_unet
 from cdvideo.world.train_vae import encode_world, train_vae
+from cdvideo.world.train_wan import tokenize_wan_world, train_wan
+from cdvideo.world.train_wan_vae import encode_wan_world, train_wan_vae
 from cdvideo.world.training import Limits
 
-TRAINED = {"vae": train_vae, "text": train_text, "unet": train_unet, "motion": train_motion}
+TRAINED = {
+    "vae": train_vae,
+    "text": train_text,
+    "unet": train_unet,
+    "motion": train_motion,
+    "wan-vae": train_wan_vae,
+    "wan": train_wan,
+}
 DATA: dict[str, tuple[Split, ...]] = {  # what a stage reads of the rendered world
     "vae": ("train", "heldout"),
     "text": ("train", "heldout"),
     "latents": SPLITS,
     "unet": ("train",),
     "motion": ("clips",),
+    "wan-vae": SPLITS,
+    "wan-latents": SPLITS,
+    "wan": ("train", "clips"),
 }
-PARTS = {  # what it reads of the model
-    "latents": ("vae",),
-    "unet": ("vae", "tokenizer", "text_encoder"),
-    "motion": ("vae", "tokenizer", "text_encoder", "unet"),
-    "export": ("vae", "training.json"),
+LATENTS = {"unet": "latents.npy", "motion": "latents.npy", "wan": "wan_latents.npy"}
+PARTS = {  # what it reads of the models, below config.out
+    "latents": ("model/vae",),
+    "unet": ("model/vae", "model/tokenizer", "model/text_encoder"),
+    "motion": ("model/vae", "model/tokenizer", "model/text_encoder", "model/unet"),
+    "export": ("model/vae", "model/training.json"),
+    "wan-latents": ("model-wan/vae",),
+    "wan": ("model-wan/vae",),
+    "wan-export": ("model-wan/vae", "model-wan/transformer", "model-wan/training.json"),
 }
 
 
@@ -76,7 +92,13 @@ def make_base(
         elif stage == "export":
             export_base(config.out / "model", export)
             write_card(config, export)
+        elif stage == "wan-latents":
+            encode_wan_world(config, device)
+        elif stage == "wan-export":
+            export_wan(config.out / "model-wan", export)
         else:
+            if stage == "wan":
+                tokenize_wan_world(config, common_words(sprites))
             if stage == "text":
                 make_tokenizer(config, sprites)
             if stage in ("unet", "motion"):
@@ -86,14 +108,14 @@ def make_base(
 
 
 def _require(stage: str, config: MakeBaseConfig) -> None:
-    files = ("labels.jsonl", "latents.npy") if stage in ("unet", "motion") else ("labels.jsonl",)
+    files = ("labels.jsonl", LATENTS[stage]) if stage in LATENTS else ("labels.jsonl",)
     paths = [config.cache / split / file for split in DATA.get(stage, ()) for file in files]
-    for path in (*paths, *(config.out / "model" / part for part in PARTS.get(stage, ()))):
+    for path in (*paths, *(config.out / part for part in PARTS.get(stage, ()))):
         if not path.exists():
             raise UserError(
                 f"stage {stage!r} needs {path}, which is not there",
-                allowed=f"stages in the order {', '.join(STAGES)}",
-                do="run the earlier stages first, or --stage all",
+                allowed=f"stages in the order {', '.join(WAN_STAGES if stage.startswith('wan') else STAGES)}",
+                do="run the earlier stages first",
             )
 
 
@@ -152,16 +174,21 @@ def common_words(sprites: Path) -> list[str]:
 
 
 def record(config: MakeBaseConfig, stage: str, facts: dict[str, Any], device: torch.device) -> None:
-    """Keeps what was measured, for the model card: model/training.json, one entry per stage."""
+    """Keeps what was measured, for the model card: training.json beside the parts, one entry per stage."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    model = config.out / "model"
-    trained: nn.Module = {
-        "vae": lambda: AutoencoderTiny.from_pretrained(model / "vae"),
-        "text": lambda: load_text_encoder(model / "text_encoder"),
-        "unet": lambda: UNet2DConditionModel.from_pretrained(model / "unet"),
-        "motion": lambda: load_motion(model / "motion", device=torch.device("cpu")),
+    model = config.out / ("model-wan" if stage.startswith("wan") else "model")
+    trained: Sequence[nn.Module] = {
+        "vae": lambda: [AutoencoderTiny.from_pretrained(model / "vae")],
+        "text": lambda: [load_text_encoder(model / "text_encoder")],
+        "unet": lambda: [UNet2DConditionModel.from_pretrained(model / "unet")],
+        "motion": lambda: [load_motion(model / "motion", device=torch.device("cpu"))],
+        "wan-vae": lambda: [AutoencoderKLWan.from_pretrained(model / "vae")],
+        "wan": lambda: [
+            WanTransformer3DModel.from_pretrained(model / "transformer"),
+            UMT5EncoderModel.from_pretrained(model / "text_encoder"),
+        ],
     }[stage]()
-    parameters = sum(p.numel() for p in trained.parameters())
+    parameters = sum(p.numel() for part in trained for p in part.parameters())
     file = model / "training.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     known[stage] = {**facts, "parameters": parameters, "device": name, "dtype": config.dtype}

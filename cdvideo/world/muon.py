@@ -7,7 +7,7 @@ rest), and all weights of one shape go through the Newton-Schulz iteration as on
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,17 @@ class Muon(torch.optim.Optimizer):
         return torch.stack([matrix.reshape(len(matrix), -1) for matrix in ahead])
 
 
-def make_optimizers(model: nn.Module, *, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices and convolutions; AdamW for embeddings, norms, biases, first and last layers."""
-    edges = ("conv_in", "conv_out", "embedding", "head", "layers.0.weight")
+EDGES = ("conv_in", "conv_out", "embedding", "head", "layers.0.weight")
+
+
+def make_optimizers(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.01, edges: Sequence[str] = EDGES
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices and convolutions; AdamW for embeddings, norms, biases, first and last layers.
+
+    Args:
+        edges: parts of the names of weights that are no hidden matrices.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in trained if p.ndim >= 2 and not any(edge in name for edge in edges)]
     chosen = {id(p) for p in hidden}
