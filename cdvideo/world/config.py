@@ -191,13 +191,13 @@ class WanVaeConfig:
     """Side of the training crops in pixels; whole pictures from ``whole_from`` on."""
     frames: int = 9
     """Frames of a training clip, 4 n + 1."""
-    clips: int = 32
+    clips: int = 64
     """Clips in a batch, beside ``loop.batch`` single frames."""
     whole_from: float = 0.85
     """Part of the steps after which whole frames are trained on, in batches of the same number of pixels."""
-    kl_weight: float = 1e-4
+    kl_weight: float = 2e-4
     """Weight of the latents' divergence from a unit Gaussian, per number."""
-    loop: LoopConfig = _loop(steps=6_000, batch=128, lr=1.5e-3, log_every=50, sample_every=1000)
+    loop: LoopConfig = _loop(steps=6_000, batch=256, lr=1.5e-3, log_every=50, sample_every=1000)
 
     def __post_init__(self) -> None:
         check(
@@ -223,9 +223,9 @@ class WanConfig:
     width: int = 192
     heads: int = 4
     layers: int = 8
-    ffn: int = 576
+    ffn: int = 560
     """Channels of the feed-forward layers."""
-    vocabulary: int = 2500
+    vocabulary: int = 2000
     text_width: int = 128
     text_layers: int = 2
     text_heads: int = 4

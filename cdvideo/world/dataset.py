@@ -30,7 +30,12 @@ Split = Literal["train", "heldout", "clips"]
 SPLITS: tuple[Split, ...] = ("train", "heldout", "clips")
 CHUNK = {"train": 128, "heldout": 128, "clips": 8}
 SETTINGS_FILE = "rendered.json"
-MADE_OF_PIXELS = ("labels*.jsonl", "caption_ids.npy", "latents.*", "wan_*")  # what is void once a split is rendered anew
+MADE_OF_PIXELS = (
+    "labels*.jsonl",
+    "caption_ids.npy",
+    "latents.*",
+    "wan_*",
+)  # what is void once a split is rendered anew
 LATENT_CELL = 8  # pixels per latent: masks are kept at this scale, which is all that the loss reads
 
 

@@ -16,7 +16,9 @@ def main(argv: Sequence[str]) -> None:
     """The command line of scripts/make_base.py."""
     start = time.perf_counter()
     parser = ArgumentParser(description="Make the embedded base. Every stage goes on where it was interrupted.")
-    parser.add_argument("--stage", choices=[*dict.fromkeys([*STAGES, *WAN_STAGES]), "scenes", "clips", "all", "all-wan"], default="all")
+    parser.add_argument(
+        "--stage", choices=[*dict.fromkeys([*STAGES, *WAN_STAGES]), "scenes", "clips", "all", "all-wan"], default="all"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="most minutes that each training stage takes now")
     parser.add_argument("--fit", action="store_true", help="end the training schedule with the minutes")
     parser.add_argument("--sprites", type=Path, default=Path(".sprites"), metavar="FOLDER", help="the world's drawings")

@@ -111,7 +111,9 @@ def train_wan(config: MakeBaseConfig, device: torch.device, limits: Limits) -> d
             for name, (latents_N, _, _) in zip(("stills", "clips"), pools, strict=True):
                 prompts = PROMPTS if name == "stills" else PROMPTS[:4]
                 with autocast(device, config.dtype):
-                    latents = sample(average.model, tokenizer, prompts, tuple(latents_N.shape[1:]), settings.text_tokens)
+                    latents = sample(
+                        average.model, tokenizer, prompts, tuple(latents_N.shape[1:]), settings.text_tokens
+                    )
                     films_BCFHW = decode_pixels(vae, denormalised(vae, latents))
                 grid_BCHW = rearrange(films_BCFHW[:, :, ::2], "b c f h w -> (b f) c h w")
                 columns = 4 if name == "stills" else films_BCFHW[:, :, ::2].shape[2]
@@ -124,8 +126,6 @@ def train_wan(config: MakeBaseConfig, device: torch.device, limits: Limits) -> d
         "of": stage.total,
         "seconds": stage.seconds,
         "batch": loop.batch + settings.clips,
-        "loss_stills": round(float(losses[0]), 4),
-        "loss_clips": round(float(losses[1]), 4),
     }
 
 
@@ -162,7 +162,9 @@ def sample(
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int) -> Tensor:
     """Return ids_BL of L = ``tokens``, padded with 0 behind the end of text."""
-    return tokenizer(list(texts), padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        list(texts), padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def tokenize_wan_world(config: MakeBaseConfig, common_words: Sequence[str]) -> None:

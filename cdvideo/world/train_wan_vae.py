@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cdvideo.models.wan.vae import decode_pixels, encode_moments, normalised
 from cdvideo.runs import atomic_path
-from cdvideo.world.config import MakeBaseConfig, WanVaeConfig
+from cdvideo.world.config import MakeBaseConfig
 from cdvideo.world.dataset import SPLITS, progress
 from cdvideo.world.muon import make_optimizers
 from cdvideo.world.train_vae import reconstruction_loss, vae_fingerprint
@@ -68,7 +67,9 @@ def train_wan_vae(config: MakeBaseConfig, device: torch.device, limits: Limits) 
             optimizer.step()
             optimizer.zero_grad()
         average.update(step)
-        stage.log(loss=loss.detach(), stills=losses[0].detach(), clips=losses[1].detach(), divergence=divergence.detach())
+        stage.log(
+            loss=loss.detach(), stills=losses[0].detach(), clips=losses[1].detach(), divergence=divergence.detach()
+        )
         if stage.wants_samples:
             shown_BCFHW = _to_pixels(clips_NFHWC[:1, : settings.frames])
             pair_BCFHW = torch.cat([shown_BCFHW, round_trip(average.model, shown_BCFHW)])

@@ -75,7 +75,7 @@ def build_text_encoder(config: WanConfig) -> UMT5EncoderModel:
             vocab_size=config.vocabulary,
             d_model=config.text_width,
             d_kv=config.text_width // config.text_heads,
-            d_ff=2 * config.text_width,
+            d_ff=3 * config.text_width // 2,
             num_layers=config.text_layers,
             num_heads=config.text_heads,
             dropout_rate=0.0,
@@ -113,7 +113,9 @@ def train_umt5_tokenizer(
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     # transformers 5 would name a class that transformers 4 does not know
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    )
     split = [word for word in world if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
     if split:
         raise ValueError(f"vocabulary of {size} is too small: {len(split)} world words are split, such as {split[:5]}")

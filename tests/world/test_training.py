@@ -77,7 +77,7 @@ def test_every_stage_writes_its_part_and_its_facts(made: tuple[Path, MakeBaseCon
     stills = {"seed": 0, "count": config.data.scenes, "captions": 2, "size": SIZE}
     assert facts["unet"]["data"] == {"train": stills}
     assert facts["vae"]["data"] == {"train": stills, "heldout": {**stills, "count": config.data.heldout_scenes}}
-    assert facts["motion"]["data"] == {"clips": {**stills, "count": config.data.clips, "frames": 4}}
+    assert facts["motion"]["data"] == {"clips": {**stills, "count": config.data.clips, "frames": 5}}
     for stage in ("vae", "unet", "motion"):
         assert list((config.out / stage / "samples").glob("*.png")), stage
         assert (config.out / stage / "metrics.jsonl").read_text().count("\n") == 3
@@ -85,7 +85,7 @@ def test_every_stage_writes_its_part_and_its_facts(made: tuple[Path, MakeBaseCon
     assert f"{facts['unet']['parameters']:,}" in card and str(facts["vae"]["psnr_db"]) in card
     assert "dog + headphones + surfing" in card
     assert "48 stills, each with 2 captions, seed 0 (autoencoder, text encoder, image UNet)" in card
-    assert "4 clips of 4 frames, each with 2 captions, seed 0 (motion modules)" in card
+    assert "4 clips of 5 frames, each with 2 captions, seed 0 (motion modules)" in card
     assert "block_out_channels" not in json.loads((folder / "tiny" / "vae" / "config.json").read_text())
 
 
