@@ -66,7 +66,7 @@ def denormalised(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
 
 
 def channel_moments(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the autoencoder's mean and deviation of each latent channel, (1, z, 1, 1, 1), on the device of ``like``."""
+    """Return the mean and deviation of each latent channel, (1, z, 1, 1, 1), on the device of ``like``."""
     mean, deviation = (
         torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
