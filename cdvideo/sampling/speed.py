@@ -5,7 +5,7 @@ The exact switches change the order of additions and nothing else. The approxima
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class Speed:
     def is_exact(self) -> bool:
         return not self.asked and self.deep_every == 1 and self.guided_until >= 1
 
+    def on(self, device: str) -> Speed:
+        """What of it is used on a kind of device ("cpu", "cuda"): the one place that chooses blocks by the device."""
+        return self if device == "cpu" else replace(self, **dict.fromkeys(CPU_ALONE, False))
+
     def computed_steps(self, steps: int) -> list[int]:
         """The steps at which the model is asked."""
         if not self.asked:
@@ -55,6 +59,7 @@ class Speed:
         return sorted({min(round(share * steps), steps - 1) for share in self.asked})
 
 
+CPU_ALONE = ("winograd", "halves")
 PLAIN = Speed(  # the reference: every block as diffusers computes it
     time_table=False,
     shared_prefix=False,
