@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdvideo.cli import EXIT_FAILURE, run_main
-from cdvideo.errors import UserError
+from cdvideo.cli import run_main
+from cdvideo.errors import EXIT_FAILURE, UserError
 from cdvideo.runs import atomic_path, require_writable
 
 if TYPE_CHECKING:

@@ -78,9 +78,9 @@ class Machine:
             for _ in range(at_once):
                 work()
 
-        several()
-        several()
-        return float(np.median([self.timed(several)[1] for _ in range(5)])) / at_once
+        for _ in range(self.pick(2, dry=0)):
+            several()
+        return float(np.median([self.timed(several)[1] for _ in range(self.pick(5, dry=1))])) / at_once
 
     def begin_peak(self) -> None:
         """Lets the peak of memory begin anew."""

@@ -27,7 +27,7 @@ from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.distance import film_psnr
 from cdvideo.sampling.kernels import group_norm_by_sums
 from cdvideo.sampling.options import FilmSettings
-from cdvideo.sampling.speed import EXACT, PLAIN, Speed
+from cdvideo.sampling.speed import EXACT, PLAIN, Speed, switched_off
 from cdvideo.sampling.video import Film, decode_frames, sample_latents
 
 PROMPT = "a dog wearing headphones surfing"
@@ -132,7 +132,7 @@ def film_exact(machine: Machine) -> dict[str, Any]:
         for part in ("sampling", "decoding", "whole film")
     }
     for name, (sample, _, _) in sides.items():
-        flops = steps * count_operations(lambda seed, sample=sample: sample(seed, steps=1), 0)["flops"]
+        flops = steps * count_operations(partial(sample, 0, steps=1))["flops"]
         seconds = float(np.median(found[name]["sampling"]))
         result[name] = {f"{part} s": spread(found[name][part]) for part in ratios} | {
             "peak sampling GB": gigabytes(found[name]["peak"]),
@@ -152,13 +152,14 @@ def film_parts(machine: Machine) -> dict[str, Any]:
     switches = [field.name for field in dataclasses.fields(Speed) if field.default is True]
     used = [name for name in switches if getattr(EXACT.on(machine.device.type), name)]
     speeds = {"exact": EXACT, "plain blocks": PLAIN, "plain blocks but shared prefix and time table": SHARED}
-    speeds |= {f"without {name}": dataclasses.replace(EXACT, **{name: False}) for name in used}
+    speeds |= {f"without {name}": switched_off(EXACT, name) for name in used}
     if machine.dry:
         speeds = dict(list(speeds.items())[:2])
 
     def least(speed: Speed) -> float:
         ours.latents(0, steps=1, speed=speed)
-        return min(machine.timed(partial(ours.latents, 0, steps=steps, speed=speed))[1] for _ in range(2))
+        films = range(machine.pick(2, dry=1))
+        return min(machine.timed(partial(ours.latents, 0, steps=steps, speed=speed))[1] for _ in films)
 
     found = {name: least(speed) for name, speed in speeds.items()}
     ours.base.unet.to(memory_format=torch.channels_last)

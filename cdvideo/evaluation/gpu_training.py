@@ -48,7 +48,7 @@ def preset(machine: Machine, name: str, **settings: Any) -> ConceptConfig:
 
 def concept_training(machine: Machine, *, name: str) -> dict[str, Any]:
     """A preset's seconds a step; its peak beside our estimate and beside the card that it is named for."""
-    config = preset(machine, name, steps=machine.pick(14, dry=5), checkpoint_every=100)
+    config = preset(machine, name, steps=machine.pick(14, dry=4), checkpoint_every=100)
     with tempfile.TemporaryDirectory() as folder:
         write_configs(Path(folder) / "base", machine.configs)
         outline = base_from_configs(str(Path(folder) / "base"), dtype=machine.dtype)
@@ -88,7 +88,7 @@ class WatchedRun(Run):
 
 def fp16_with_scaler(machine: Machine) -> dict[str, Any]:
     """Steps in float16, with one loss so heavy that its gradients overflow until the scale has come down."""
-    every = machine.pick(5, dry=2)
+    every = machine.pick(5, dry=1)
     heavy = {"steps": 4 * every + 1, "checkpoint_every": every, "semantic.weight": 1e4}
     config = preset(machine, "kv_sd15_8gb", **heavy)
     base, _ = machine.models(torch.float16)
@@ -144,7 +144,7 @@ def wan_training(machine: Machine, *, frames: int, checkpointing: bool) -> dict[
     machine.begin_peak()
     seconds = machine.usual_seconds(step)
     peak = machine.peak()
-    flops = count_operations(lambda _seed: step(), 0)["flops"]  # with what is computed anew
+    flops = count_operations(step)["flops"]  # with what is computed anew
     return {
         "learned": sum(parameter.numel() for parameter in learned),
         "s a step": seconds,

@@ -55,11 +55,11 @@ SMALL: Configs = {  # the same kinds of blocks with few weights: what is to be m
     },
     "vae": {
         **CONFIGS["vae"],
-        "sample_size": 32,
-        "block_out_channels": [32] * 3,
+        "sample_size": 64,
+        "block_out_channels": [32] * 4,
         "layers_per_block": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
     },
     "text_encoder": {
         **CONFIGS["text_encoder"],

@@ -6,6 +6,7 @@ The exact switches change the order of additions and nothing else. The approxima
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Speed:
 
     def on(self, device: str) -> Speed:
         """What of it is used on a kind of device ("cpu", "cuda"): the one place that chooses blocks by the device."""
-        return self if device == "cpu" else replace(self, **dict.fromkeys(CPU_ALONE, False))
+        return self if device == "cpu" else switched_off(self, *CPU_ALONE)
 
     def computed_steps(self, steps: int) -> list[int]:
         """The steps at which the model is asked."""
@@ -60,6 +61,14 @@ class Speed:
 
 
 CPU_ALONE = ("winograd", "halves")
+
+
+def switched_off(speed: Speed, *switches: str) -> Speed:
+    """The same without these exact switches."""
+    off: dict[str, Any] = dict.fromkeys(switches, False)
+    return replace(speed, **off)
+
+
 PLAIN = Speed(  # the reference: every block as diffusers computes it
     time_table=False,
     shared_prefix=False,

@@ -46,7 +46,7 @@ def test_every_row_runs_without_ffmpeg_and_decord(tmp_path: Path, monkeypatch: p
     assert 0 < film["ours"]["share of matrix peak"] < 1
     plain, again = (rows[f"wan-33-frames{kind}"]["TFLOP a step"] for kind in ("", "-checkpointing"))
     assert 1.2 * plain < again < 2 * plain, "the work is not counted that is done anew"
-    assert rows["fp16-training"]["scales every 2 steps"][-1] < 2**16
+    assert rows["fp16-training"]["scales every 1 steps"][-1] < 2**16
     assert rows["film-compiled"]["largest difference of latents"] < 1e-3
     table = (tmp_path / "gpu.md").read_text()
     assert "| film-exact | ours, sampling s, median | " in table and "dry run" in table.splitlines()[0]
