@@ -75,6 +75,7 @@ def pipeline_on(base: Base, motion: MotionModules) -> Any:
             motion_max_seq_length=motion.max_frames,
         )
     adapter.load_state_dict(motion.state_dict(), assign=True)
+    scheduler = DDIMScheduler.from_config(base.scheduler_config)  # whose tables diffusers keeps on the CPU
     with base.device:
         return AnimateDiffPipeline(
             vae=base.vae,
@@ -82,7 +83,7 @@ def pipeline_on(base: Base, motion: MotionModules) -> Any:
             tokenizer=base.tokenizer,
             unet=base.unet,
             motion_adapter=adapter,
-            scheduler=DDIMScheduler.from_config(base.scheduler_config),
+            scheduler=scheduler,
             feature_extractor=None,
         )
 

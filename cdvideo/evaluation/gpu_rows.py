@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,6 +175,26 @@ def film_parts(machine: Machine) -> dict[str, Any]:
 SHARED = dataclasses.replace(PLAIN, shared_prefix=True, time_table=True)
 
 
+def waits(machine: Machine) -> dict[str, Any]:
+    """How often a step of sampling waits for the GPU: what some steps more add to torch's own warnings of it."""
+    ours = Ours(machine, *machine.models())
+    told = {}
+    for steps in (2, 6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if machine.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                ours.latents(0, steps=steps)
+            finally:
+                if machine.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        of_torch = [each for each in caught if "synchroniz" in str(each.message)]
+        told[steps] = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in of_torch)
+    counts = [each.total() for each in told.values()]
+    return {"in films of 2 and 6 steps": counts, "of 4 steps": dict(told[6] - told[2]) or "none"}
+
+
 def windows(machine: Machine) -> dict[str, Any]:
     """A long film beside one of a single window."""
     short, long = machine.pick((16, 128), dry=(2, 20))
@@ -294,6 +317,7 @@ ROWS: tuple[Row, ...] = (
     Row("film-exact", 50, film_exact),
     *TRAINING_ROWS,
     Row("film-parts", 35, film_parts),
+    Row("waits", 4, waits),
     Row("windows", 20, windows),
     *WAN_ROWS,
     Row("attention", 5, attention_kernels),

@@ -38,7 +38,7 @@ def test_every_row_runs_without_ffmpeg_and_decord(tmp_path: Path, monkeypatch: p
     assert run_main(main, ["--dry-run", "--out", str(tmp_path)]) == 0
     rows = {row["row"]: row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
     assert [*rows][:5] == ["doctor", "rates", "film-exact", "training-kv_sd15_8gb", "training-lora_sd15_12gb"]
-    assert {"windows", "wan-33-frames-checkpointing", "attention", "fp16-training", "group-norm"} < rows.keys()
+    assert {"waits", "windows", "wan-33-frames-checkpointing", "attention", "fp16-training", "group-norm"} < rows.keys()
     assert any("imageio_ffmpeg" in missing for missing in rows["doctor"]["wrong or missing"])
     film = rows["film-exact"]
     assert film["PSNR dB of the two films"] > 60, "the same weights and noise give another film"
