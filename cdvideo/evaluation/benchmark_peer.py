@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdvideo.base.latents import Vae
-from cdvideo.base.loader import TINY_BASE
+from cdvideo.base.loader import TINY_BASE, Base
 from cdvideo.device import pick_device, pick_dtype
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15, Film
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.motion.files import load_motion
+from cdvideo.motion.modules import MotionModules
 from cdvideo.sampling.denoise import draw_noise
 
 Run = Callable[[int], npt.NDArray[Any]]  # of a seed: frames_FHWC, or of several films latents_BFCHW
@@ -54,7 +55,7 @@ def load_pipeline(film: Film) -> Any:
     device = pick_device(film.device)
     dtype = pick_dtype(film.dtype, device)
     if film.base == RANDOM_SD15:
-        pipeline = _random_pipeline(device, dtype)
+        pipeline = pipeline_on(*random_sd15(device, dtype))
     else:
         folder = TINY_BASE if film.base == "tiny" else Path(film.base).expanduser()
         schedule = load_motion(folder / "motion", device=torch.device("cpu")).config.schedule
@@ -65,29 +66,41 @@ def load_pipeline(film: Film) -> Any:
     return pipeline.to(device)
 
 
-def _random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
-    base, motion = random_sd15(device, dtype)
+def pipeline_on(base: Base, motion: MotionModules) -> Any:
+    """AnimateDiffPipeline on these weights. Its UNet is a copy, which is made on their device."""
     with init_empty_weights():
-        adapter = MotionAdapter(motion_max_seq_length=motion.max_frames)  # all else is its default, and ours
+        adapter = MotionAdapter(  # all else is its default, and ours
+            block_out_channels=motion.config.block_out_channels,
+            motion_layers_per_block=motion.config.motion_layers_per_block,
+            motion_max_seq_length=motion.max_frames,
+        )
     adapter.load_state_dict(motion.state_dict(), assign=True)
-    return AnimateDiffPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        motion_adapter=adapter,
-        scheduler=DDIMScheduler.from_config(base.scheduler_config),
-        feature_extractor=None,
-    )
+    scheduler = DDIMScheduler.from_config(base.scheduler_config)  # whose tables diffusers keeps on the CPU
+    with base.device:
+        return AnimateDiffPipeline(
+            vae=base.vae,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+            unet=base.unet,
+            motion_adapter=adapter,
+            scheduler=scheduler,
+            feature_extractor=None,
+        )
 
 
 def _make(pipeline: Any, film: Film, seed: int) -> npt.NDArray[np.uint8]:
     """A film from the noise that our sampler draws for the seed."""
+    frames = call(pipeline, film, seed).frames[0]
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def call(pipeline: Any, film: Film, seed: int, **options: Any) -> Any:
+    """What the pipeline answers, asked for a film from the noise that our sampler draws for the seed."""
     pixels = pipeline.vae_scale_factor
     native = pipeline.unet.config.sample_size * pixels
     height, width = film.height or native, film.width or native
     shape = (film.frames, pipeline.unet.config.in_channels, height // pixels, width // pixels)
-    frames = pipeline(
+    return pipeline(
         film.prompt,
         negative_prompt="",
         num_frames=film.frames,
@@ -96,8 +109,8 @@ def _make(pipeline: Any, film: Film, seed: int) -> npt.NDArray[np.uint8]:
         num_inference_steps=film.steps,
         guidance_scale=film.guidance,
         latents=draw_noise([seed], shape).transpose(1, 2).to(pipeline.device, pipeline.dtype),
-    ).frames[0]
-    return np.stack([np.asarray(frame) for frame in frames])
+        **options,
+    )
 
 
 @torch.inference_mode()

@@ -17,12 +17,12 @@ from cdvideo.base.loader import Base
 from cdvideo.base.mapped import file_spans, let_go, mapped_files
 from cdvideo.base.single_file import load_clip_tokenizer
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15
-from cdvideo.evaluation.sd15 import CONFIGS
+from cdvideo.evaluation.sd15 import CONFIGS, Configs
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 
 
-def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionModules]:
+def random_sd15(device: torch.device, dtype: torch.dtype, configs: Configs = CONFIGS) -> tuple[Base, MotionModules]:
     """The same weights on every call on the same device in the same dtype; never a second copy in memory.
 
     On the CPU each model's lie in a file that is mapped into memory, as those of a base do that is loaded from files.
@@ -30,12 +30,12 @@ def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionM
     It predicts v, unlike Stable Diffusion 1.5: what random weights predict then stays as large as a picture.
     """
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(CONFIGS["unet"])
-        vae = AutoencoderKL.from_config(CONFIGS["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(CONFIGS["text_encoder"]))
-        motion = MotionModules(MotionConfig(norm_mode="diffusers"))
+        unet = UNet2DConditionModel.from_config(configs["unet"])
+        vae = AutoencoderKL.from_config(configs["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"])))
+        motion = MotionModules(MotionConfig.for_unet(unet, norm_mode="diffusers", motion_num_attention_heads=8))
     for module in (unet, vae, text_encoder, motion):
-        _fill(module, device, dtype)
+        fill(module, device, dtype)
         if device.type == "cpu":
             let_go(file_spans(module.parameters(), mapped_files()))
     base = Base(
@@ -47,7 +47,7 @@ def random_sd15(device: torch.device, dtype: torch.dtype) -> tuple[Base, MotionM
         text_encoder=text_encoder,
         tokenizer=load_clip_tokenizer(pad_token="<|endoftext|>"),
         scheduler_config={**SCHEDULER, "prediction_type": "v_prediction"},
-        resolution=512,
+        resolution=configs["vae"]["sample_size"],
         device=device,
         dtype=dtype,
     )
@@ -62,7 +62,7 @@ def _mapped_room(module: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
     return iter(room.split(sizes))
 
 
-def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def fill(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Weights that keep the variance of what passes through, norms and biases that do nothing; in place."""
     room = _mapped_room(module, dtype) if device.type == "cpu" else None
     generator = torch.Generator(device).manual_seed(0)

@@ -195,8 +195,8 @@ def _peak_begins() -> int | None:
     return peak_memory_bytes()
 
 
-def count_operations(run: Run, seed: int) -> Answer:
-    """Floating-point operations of one film as this side computes it, two for each multiply-add; without compiling."""
+def count_operations(work: Callable[[], object]) -> Answer:
+    """Floating-point operations as they are computed, two for each multiply-add; without compiling."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
@@ -210,7 +210,7 @@ def count_operations(run: Run, seed: int) -> Answer:
         torch.ops.mkldnn._linear_pointwise: linear,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.compiler.set_stance("force_eager"):
-        run(seed)
+        work()
     return {"flops": counter.get_total_flops()}
 
 
@@ -260,7 +260,7 @@ def main(side: str, film: Film, answers: Any) -> None:
         if asked["do"] == "run":
             answer(partial(run_film, runs[0], asked["save"], asked["seed"]))
         else:
-            answer(partial(count_operations, runs[0], asked["seed"]))
+            answer(partial(count_operations, partial(runs[0], asked["seed"])))
 
 
 if __name__ == "__main__":

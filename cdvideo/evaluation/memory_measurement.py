@@ -58,9 +58,9 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
             base, _ = random_sd15(device, dtype)
         else:
             base = load_base(name, device=device, dtype=dtype)
-        _rest(base, ("vae",))
+        rest(base, ("vae",))
         result: dict[str, Any] = {
-            "training": _training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))
+            "training": measure_training(base, pictures, concept, training_needs(outline, concept, on_gpu=on_gpu))
         }
         if config.frames:
             film = AnimateConfig(
@@ -71,7 +71,7 @@ def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Seque
                 height=config.resolution,
                 offload=config.offload,
             )
-            _rest(base, HASHED_PARTS if config.offload else ())
+            rest(base, HASHED_PARTS if config.offload else ())
             needs = film_needs(outline, film, offload=config.offload and on_gpu)
             result["film"] = _film(base, film, needs)
     result |= {"resolution": config.resolution or base.resolution, "batch": concept.optim.batch_size}
@@ -109,12 +109,14 @@ def _resident_bytes() -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
-def _rest(base: Base, parts: Sequence[str]) -> None:
+def rest(base: Base, parts: Sequence[str]) -> None:
+    """Lets these parts of a base rest in the computer's memory, and no others."""
     for part in HASHED_PARTS:
         torch.nn.Module.to(getattr(base, part), torch.device("cpu") if part in parts else base.device)
 
 
-def _training(base: Base, pictures: Sequence[Picture], config: ConceptConfig, needs: Needs) -> dict[str, Any]:
+def measure_training(base: Base, pictures: Sequence[Picture], config: ConceptConfig, needs: Needs) -> dict[str, Any]:
+    """The peak of learning a concept beside what was reckoned, and the seconds of a step."""
     times: list[float] = []
 
     def train() -> None:

@@ -18,6 +18,7 @@ _ONEDNN: list[torch.dtype] = []  # in what oneDNN computes
 if torch.backends.mkldnn.is_available():
     _PRODUCT: Any = torch.ops.mkldnn._linear_pointwise
     _ONEDNN = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+FAR = 100.0  # square of mean over deviation up to which two sums lose no more than two digits of a group's variance
 SCORES = 2**19  # attention scores computed at once on the CPU: as many as its second-level cache holds
 
 
@@ -66,17 +67,34 @@ def fuses(tensor: Tensor) -> bool:
 
 
 def group_norm(rows_NLC: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
-    """Group norm over all L rows, then SiLU where asked.
+    """Group norm over all L rows, then SiLU where asked."""
+    if rows_NLC.device.type == "cpu" and not torch.compiler.is_compiling():
+        return group_norm_by_sums(rows_NLC, norm, silu=silu)
+    normed_NLC = F.group_norm(rows_NLC.transpose(1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return (F.silu(normed_NLC, inplace=True) if silu else normed_NLC).transpose(1, 2)
 
-    torch's own is slow on the CPU where channels lie last and pictures are small. Here each channel's sum and sum of
-    squares give the mean and variance of its group, in float32 at least, and one pass applies them.
+
+def group_norm_by_sums(rows_NLC: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
+    """`group_norm` on the CPU, where torch's own is slow on channels that lie last and on small pictures.
+
+    Each channel's sum and sum of squares give the mean and variance of its group, in float32 at least, and one pass
+    applies them. Where a group lies so far from 0 that the two nearly cancel, all are first moved to where it begins.
     """
     count, groups = rows_NLC.shape[1] * rows_NLC.shape[2] // norm.num_groups, norm.num_groups
     rows = rows_NLC if rows_NLC.dtype == torch.float64 else rows_NLC.float()
-    mean_NG = rows.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
-    normed = rows.square()  # and later the result, in the same memory
-    square_NG = normed.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
-    scale_NG = (square_NG - mean_NG.square()).clamp(min=0).add(norm.eps).rsqrt()
+
+    def moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean_NG = rows.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
+        squares = rows.square()
+        square_NG = squares.sum(1).unflatten(1, (groups, -1)).sum(-1) / count
+        return mean_NG, (square_NG - mean_NG.square()).clamp(min=0), squares
+
+    mean_NG, variance_NG, normed = moments(rows)  # the last for its memory, which later holds the result
+    if (mean_NG.square() > FAR * variance_NG).any():
+        firsts_NG1 = rows[:, 0].unflatten(1, (groups, -1))[..., :1]
+        rows = rows - firsts_NG1.expand(-1, -1, rows.shape[2] // groups).flatten(1).unsqueeze(1)
+        mean_NG, variance_NG, normed = moments(rows)
+    scale_NG = variance_NG.add(norm.eps).rsqrt()
     scale_NC = scale_NG.unsqueeze(-1) * norm.weight.unflatten(0, (groups, -1))
     shift_NC = norm.bias.unflatten(0, (groups, -1)) - mean_NG.unsqueeze(-1) * scale_NC
     torch.addcmul(shift_NC.flatten(1).unsqueeze(1), rows, scale_NC.flatten(1).unsqueeze(1), out=normed)

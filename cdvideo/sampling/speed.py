@@ -5,7 +5,8 @@ The exact switches change the order of additions and nothing else. The approxima
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,24 @@ class Speed:
     def is_exact(self) -> bool:
         return not self.asked and self.deep_every == 1 and self.guided_until >= 1
 
+    def on(self, device: str) -> Speed:
+        """What of it is used on a kind of device ("cpu", "cuda"): the one place that chooses blocks by the device."""
+        return self if device == "cpu" else switched_off(self, *CPU_ALONE)
+
     def computed_steps(self, steps: int) -> list[int]:
         """The steps at which the model is asked."""
         if not self.asked:
             return list(range(steps))
         return sorted({min(round(share * steps), steps - 1) for share in self.asked})
+
+
+CPU_ALONE = ("winograd", "halves")
+
+
+def switched_off(speed: Speed, *switches: str) -> Speed:
+    """The same without these exact switches."""
+    off: dict[str, Any] = dict.fromkeys(switches, False)
+    return replace(speed, **off)
 
 
 PLAIN = Speed(  # the reference: every block as diffusers computes it

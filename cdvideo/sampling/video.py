@@ -198,7 +198,7 @@ def _window_model(
     base: Base, video_unet: VideoUNet, films: Sequence[Film], settings: FilmSettings, timesteps_T: Tensor
 ) -> Iterator[Callable[[Window], Predict]]:
     """Within the block: the model that predicts these frames of all films, with guidance, on the base's device."""
-    with_guidance, speed = settings.guidance != 1, settings.speed
+    with_guidance, speed = settings.guidance != 1, settings.speed.on(base.device.type)
     loop = settings.frames if settings.windows.schedule == "looped" else None
     size = (settings.height or base.resolution, settings.width or base.resolution)
     shared_prefix = speed.shared_prefix and not base.is_sdxl  # whose time embedding depends on the prompt

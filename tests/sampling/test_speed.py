@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -334,3 +335,19 @@ def test_presets() -> None:
     assert [name for name, speed in PRESETS.items() if speed.is_exact] == ["exact"]
     assert not any(getattr(PLAIN, name) for name in EXACT_SWITCHES)
     assert all(getattr(speed, name) for speed in PRESETS.values() for name in EXACT_SWITCHES)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_no_step_waits_for_the_device(tiny_base: Base, tiny_motion: MotionModules, preset: str, sampler: Any) -> None:
+    """On the meta device a film takes the way of a GPU's, and whatever looks at a number of the device's raises."""
+    meta, settings = torch.device("meta"), FilmSettings(frames=3, steps=4, scheduler=sampler, speed=PRESETS[preset])
+    base, motion = copy.deepcopy(tiny_base).to(meta, torch.float32), copy.deepcopy(tiny_motion).to(meta)
+    (latents_FCHW,) = sample_latents(base, motion, [Film(prompt="a dog", seed=0)], settings)
+    assert latents_FCHW.device == meta and latents_FCHW.shape[0] == 3
+
+
+def test_what_is_for_cpus_alone_is_left_out_elsewhere() -> None:
+    assert EXACT.on("cpu") == EXACT
+    assert EXACT.on("cuda") == replace(EXACT, winograd=False, halves=False)
+    assert PLAIN.on("cuda") == PLAIN
