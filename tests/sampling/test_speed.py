@@ -347,7 +347,9 @@ def test_no_step_waits_for_the_device(tiny_base: Base, tiny_motion: MotionModule
     assert latents_FCHW.device == meta and latents_FCHW.shape[0] == 3
 
 
-def test_what_is_for_cpus_alone_is_left_out_elsewhere() -> None:
+def test_what_is_for_cpus_alone_is_left_out_elsewhere(tiny_base: Base, tiny_motion: MotionModules) -> None:
     assert EXACT.on("cpu") == EXACT
-    assert EXACT.on("cuda") == replace(EXACT, winograd=False, halves=False)
+    assert EXACT.on("cuda") == replace(PLAIN, shared_prefix=True, attentions=True)
     assert PLAIN.on("cuda") == PLAIN
+    plain, there = (film(tiny_base, tiny_motion, speed, steps=3) for speed in (PLAIN, EXACT.on("cuda")))
+    assert np.abs(there.astype(int) - plain).max() <= 1
