@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cdvideo.base.loader import HASHED_PARTS, Base, load_base
+from cdvideo.base.folder import HASHED_PARTS
+from cdvideo.base.loader import Base, load_base
 from cdvideo.base.memory import Needs, base_from_configs, total, weight_bytes
 from cdvideo.cli import peak_memory_bytes
 from cdvideo.concept.config import ConceptConfig

@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cdvideo.base.loader import load_text_encoder
+from cdvideo.base.folder import load_text_encoder
 from cdvideo.config import to_yaml
 from cdvideo.device import pick_device
 from cdvideo.errors import UserError
