@@ -30,7 +30,7 @@ class SemanticPreservation:
 
     def __init__(self, base: Base, config: ConceptConfig) -> None:
         self.base, self.config = base, config
-        self.templates = (*training_prompts(config.data.style), *SEMANTIC_PHRASES)
+        self.templates = tuple(dict.fromkeys((*training_prompts(config.data.style), *SEMANTIC_PHRASES)))
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
         with torch.no_grad():
