@@ -6,6 +6,7 @@ Nothing but Python is taken for granted here, so that the doctor speaks where an
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdvideo.errors import EXIT_FAILURE
+from cdvideo.errors import EXIT_FAILURE, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,42 @@ def packages() -> Iterator[Finding]:
         yield _package(name, least, "missing", "", f"pip install '{name}>={least}'")
     for name, (least, extra, purpose) in OPTIONAL.items():
         yield _package(name, least, "optional", f" (for {purpose})", f"pip install 'cdvideo[{extra}]'")
+
+    if (fault := torchvision_fault()) is not None:
+        yield Finding("versions", "torchvision", "broken", fault.given, fault.do)
+
+
+def torchvision_fault() -> UserError | None:
+    """What is wrong with torchvision, where it is installed and can not be imported; it was built for another torch.
+
+    Nothing here needs it, but transformers imports it where it is, and then fails under names of its own.
+    """
+    try:
+        if importlib.util.find_spec("torchvision") is None:
+            return None
+        importlib.import_module("torchvision")
+    except Exception as error:  # RuntimeError for operators that are missing, OSError for libraries, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        torch, torchvision = _version("torch"), _version("torchvision")
+        return UserError(
+            f"torchvision {torchvision} does not fit torch {torch}, and can not be imported ({reason})",
+            allowed="no torchvision, which cdvideo does not need, or the release that was made for this torch",
+            do=f"pip install 'torchvision=={_fitting(torch)}', or pip uninstall torchvision",
+        )
+    return None
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(unknown)"
+
+
+def _fitting(torch: str) -> str:
+    """The release of torchvision for one of torch: 0.15 was made for 2.0, and both have counted alike since."""
+    major, minor, *_ = (*_numbers(torch), 0, 0)
+    return f"0.{minor + 15}.*" if major == 2 else "*"
 
 
 def _package(name: str, least: str, if_missing: Literal["missing", "optional"], purpose: str, mend: str) -> Finding:
