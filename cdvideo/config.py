@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 LARGEST = 1_000_000  # bytes of a config file
+MOST_FAULTS = 50  # that are told of one group of settings
 
 
 def check(*rules: tuple[bool, str]) -> None:
@@ -67,7 +68,7 @@ def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[s
         overrides: Texts as `steps=200` or `semantic.weight=0.5`; lists as `sizes=[1, 2]`; `null` is None.
 
     Raises:
-        UserError: Naming every unknown key, wrong type and broken rule there is, not only the first.
+        UserError: Naming the unknown keys, wrong types and broken rules that there are, not only the first.
     """
     tree = {} if file is None else _read_yaml(file)
     problems: list[str] = []
@@ -171,6 +172,9 @@ def _build(cls: type[T], tree: Mapping[str, Any], defaults: Mapping[str, Any], p
     problems: list[str] = []
     values = dict(defaults)
     for key, value in tree.items():
+        if len(problems) >= MOST_FAULTS:
+            problems.append(f"{prefix}...: more of the kind")
+            break
         if key not in kinds:
             meant = _did_you_mean(str(key)[:200], [*setting_names(cls)], prefix)
             problems.append(f"{prefix}{str(key)[:200]}: no such setting{meant}")

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
@@ -115,9 +116,13 @@ def torchvision_fault() -> UserError | None:
 
     Nothing here needs it, but transformers imports it where it is, and then fails under names of its own.
     """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return None
     try:
-        if importlib.util.find_spec("torchvision") is None:
-            return None
+        importlib.import_module("torch")
+    except Exception:  # which is another fault, and torch's own
+        return None
+    try:
         importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError for operators that are missing, OSError for libraries, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
