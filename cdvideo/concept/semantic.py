@@ -30,7 +30,9 @@ class SemanticPreservation:
 
     def __init__(self, base: Base, config: ConceptConfig) -> None:
         self.base, self.config = base, config
-        self.templates = tuple(dict.fromkeys((*training_prompts(config.data.style), *SEMANTIC_PHRASES)))
+        self.templates = (*training_prompts(config.data.style), *SEMANTIC_PHRASES)
+        if config.semantic.form == "relation":  # which would tell a phrase apart from itself, where both have it
+            self.templates = tuple(dict.fromkeys(self.templates))
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
         with torch.no_grad():

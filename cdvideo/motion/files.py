@@ -73,7 +73,7 @@ def load_motion(
     """
     if not path.exists():
         raise UserError(
-            f"there are no motion modules {path}",
+            f"there is no motion {'file' if path.suffix else 'folder'} {path}",
             allowed="a MotionAdapter folder, or a file of AnimateDiff's (.ckpt, .safetensors)",
             do="correct the path of --motion",
         )

@@ -112,15 +112,17 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_paths(config: AnimateConfig) -> None:
     """Raises UserError for a path with a typo in it, before a base is fetched and loaded."""
-    named = [("--concept", path) for path, _ in config.concept_files]
-    named += [("--motion-lora", path) for path, _ in motion_loras(config.motion_lora)]
-    named += [("--motion", Path(config.motion).expanduser())] if config.motion != "auto" and not config.still else []
-    starts = (("--init-video", config.start.video), ("--init-image", config.start.image))
-    named += [(flag, path) for flag, path in starts if path is not None]
-    for flag, path in named:
+    motion = Path(config.motion).expanduser()
+    of_motion = [motion] if config.motion != "auto" and not config.still else []
+    named = [
+        *(("--concept", "concept file", path) for path, _ in config.concept_files),
+        *(("--motion", f"motion {'file' if motion.suffix else 'folder'}", path) for path in of_motion),
+        *(("--motion-lora", "motion LoRA", path) for path, _ in motion_loras(config.motion_lora)),
+    ]
+    for flag, what, path in named:
         if not path.exists():
             raise UserError(
-                f"{flag} {path}: there is no such file or folder",
+                f"there is no {what} {path}",
                 allowed="paths of what exists, from the folder in which you are",
                 do=f"correct the path of {flag}",
             )

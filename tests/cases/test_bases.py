@@ -491,7 +491,7 @@ def test_names_of_bases_tell_no_folders(tmp_path: Path) -> None:
 
 def test_motion_modules_that_are_not_there_are_told(tmp_path: Path) -> None:
     """F29."""
-    with pytest.raises(UserError, match=r"there are no motion modules .*missing\.ckpt"):
+    with pytest.raises(UserError, match=r"there is no motion file .*missing\.ckpt"):
         load_motion(tmp_path / "missing.ckpt", device=CPU)
 
 

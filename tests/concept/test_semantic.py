@@ -134,3 +134,12 @@ def test_several_subjects_share_the_loss(tiny_base: Base, config: ConceptConfig,
     dog_loss, cat_loss, loss = (SemanticPreservation(tiny_base, c)(rows, generator()) for c in (dog, cat, both))
     torch.testing.assert_close(loss, (dog_loss + cat_loss) / 2)
     assert not torch.allclose(dog_loss, cat_loss)
+
+
+def test_no_phrase_is_drawn_twice(tiny_base: Base, config: ConceptConfig) -> None:
+    """In the relation it would be told apart from itself."""
+    config = dataclasses.replace(config, semantic=dataclasses.replace(config.semantic, form="relation"))
+    for style in ("picture", "photo"):
+        styled = dataclasses.replace(config, data=dataclasses.replace(config.data, style=style))
+        templates = SemanticPreservation(tiny_base, styled).templates
+        assert len(set(templates)) == len(templates)
