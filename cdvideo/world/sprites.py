@@ -1,6 +1,7 @@
 """The world's pictures: which ones, where they come from, and loading them.
 
-They are fetched once, when a base is built, through the npm and Debian clients, in releases that are fixed, and cut to small PNG files in a folder.
+They are fetched once, when a base is built, through the npm and Debian clients, in releases that are fixed, and cut to
+small PNG files in a folder.
 Two artists drew them: `fluent` (Fluent Emoji, MIT) and `noto` (Noto Color Emoji, OFL-1.1). See NOTICE.
 """
 
