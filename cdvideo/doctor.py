@@ -166,9 +166,9 @@ def devices() -> Iterator[Finding]:
     """CPU and GPUs with their memory, and which of them is taken."""
     import torch
 
-    from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.device import pick_dtype, use_device
 
-    auto = pick_device("auto")
+    auto = use_device("auto")
     dtype = str(pick_dtype("auto", auto)).removeprefix("torch.")
     yield Finding("devices", "auto", "ok", f"without --device and --dtype: {auto}, {dtype}")
     yield tried("devices", "cpu", _cpu, mend="pip install accelerate psutil")

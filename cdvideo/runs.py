@@ -77,7 +77,7 @@ def create_run(parent: Path, name: str, *, resume: bool = False) -> Run:
     """
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"run name {name!r}", allowed="a plain file name", do="choose a name without slashes")
-    require_writable(parent)
+    ensure_writable(parent)
     return open_run(_newest_folder(parent, name) if resume else _make_folder(parent, name))
 
 
@@ -89,7 +89,7 @@ def open_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise _no_run(folder.parent, folder.name)
-    require_writable(folder)
+    ensure_writable(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -115,7 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         UserError: When the folder can not be made or written.
     """
-    require_writable(path.parent)
+    ensure_writable(path.parent)
     for left in path.parent.glob(_PARTS.format(glob.escape(path.stem), glob.escape(path.suffix))):
         with suppress(FileNotFoundError):  # another process clears away too
             if left.stat().st_mtime < time.time() - ABANDONED:
@@ -130,7 +130,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path) -> None:
+def ensure_writable(folder: Path) -> None:
     """Makes the folder where it is missing, and tries that files can be made in it.
 
     Raises:

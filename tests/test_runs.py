@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdvideo.errors import UserError
-from cdvideo.runs import atomic_path, create_run, open_run, require_writable
+from cdvideo.runs import atomic_path, create_run, ensure_writable, open_run
 
 
 def test_a_run_makes_its_folder(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_unwritable_folders_are_told(tmp_path: Path) -> None:
     for attempt in (
         lambda folder: create_run(folder, "rex"),
         lambda folder: atomic_path(folder / "film.mp4").__enter__(),
-        require_writable,
+        ensure_writable,
     ):
         with pytest.raises(UserError, match="can not write into .*file/deep: Not a directory"):
             attempt(tmp_path / "file" / "deep")

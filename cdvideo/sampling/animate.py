@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cdvideo.cli import config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.media.ffmpeg import find_encoder
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.flags import animate_parser
 from cdvideo.sampling.sampler import described, settled, untried
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if config.scheduler != "auto":
         settled(config, None)  # what is wrong whatever the motion modules are
     _check_paths(config)
-    require_writable(config.out)
+    ensure_writable(config.out)
     if "png" in config.formats and not config.still:
         from cdvideo.media.export import require_frames_alone
 
@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> None:
     from cdvideo.base.folder import HASHED_PARTS
     from cdvideo.base.loader import load_base
     from cdvideo.base.memory import advise
-    from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.device import pick_dtype, use_device
     from cdvideo.sampling.attention import attending
     from cdvideo.sampling.memory import film_cures, film_needs
 
-    device = pick_device(config.device)
+    device = use_device(config.device)
     dtype, resting = pick_dtype(config.dtype, device), HASHED_PARTS if config.offload else ()
     on_gpu = device.type == "cuda"
     advise(

@@ -22,7 +22,7 @@ from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
 from cdvideo.concept.file import load_concept
 from cdvideo.concept.trainer import train_concept
 from cdvideo.config import to_yaml
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.errors import UserError
 from cdvideo.evaluation.bench import fit
 from cdvideo.evaluation.drawing import Pictures
@@ -78,7 +78,7 @@ class Piece:
 
 def open_study(config: StudyConfig) -> StudyBench:
     """Loads all that is needed, so that what is missing is told before anything is trained."""
-    device = pick_device(config.device)
+    device = use_device(config.device)
     instruments = load_instruments(config, device)
     sprites = load_sprites(config.sprites)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
