@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cdvideo.config import load_config, setting_names
 from cdvideo.cpu import prepare_cpu
-from cdvideo.doctor import torchvision_fault
 from cdvideo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
+from cdvideo.install import torchvision_fault
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

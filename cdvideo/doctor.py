@@ -10,9 +10,7 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
-import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdvideo.errors import EXIT_FAILURE, UserError
+from cdvideo.errors import EXIT_FAILURE
+from cdvideo.install import numbers_of, torchvision_fault
 
 if TYPE_CHECKING:
     import torch
@@ -111,55 +110,14 @@ def packages() -> Iterator[Finding]:
         yield Finding("versions", "torchvision", "broken", fault.given, fault.do)
 
 
-def torchvision_fault() -> UserError | None:
-    """What is wrong with torchvision, where it is installed and can not be imported; it was built for another torch.
-
-    Nothing here needs it, but transformers imports it where it is, and then fails under names of its own.
-    """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return None
-    try:
-        importlib.import_module("torch")
-    except Exception:  # which is another fault, and torch's own
-        return None
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:  # RuntimeError for operators that are missing, OSError for libraries, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        torch, torchvision = _version("torch"), _version("torchvision")
-        return UserError(
-            f"torchvision {torchvision} does not fit torch {torch}, and can not be imported ({reason})",
-            allowed="no torchvision, which cdvideo does not need, or the release that was made for this torch",
-            do=f"pip install 'torchvision=={_fitting(torch)}', or pip uninstall torchvision",
-        )
-    return None
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(unknown)"
-
-
-def _fitting(torch: str) -> str:
-    """The release of torchvision for one of torch: 0.15 was made for 2.0, and both have counted alike since."""
-    major, minor, *_ = (*_numbers(torch), 0, 0)
-    return f"0.{minor + 15}.*" if major == 2 else "*"
-
-
 def _package(name: str, least: str, if_missing: Literal["missing", "optional"], purpose: str, mend: str) -> Finding:
     try:
         found = version(name)
     except PackageNotFoundError:
         return Finding("versions", name, if_missing, f"not installed{purpose}", mend)
-    if _numbers(found) < _numbers(least):
+    if numbers_of(found) < numbers_of(least):
         return Finding("versions", name, if_missing, f"{found}, at least {least} is needed{purpose}", mend)
     return Finding("versions", name, "ok", found)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 def devices() -> Iterator[Finding]:
