@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cdvideo.config import load_config, setting_names
 from cdvideo.cpu import prepare_cpu
 from cdvideo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
+from cdvideo.install import torchvision_fault
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,8 +45,8 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         argv: These arguments; by default those of the process.
 
     Returns:
-        0 done, 1 failure (with its traceback), 2 bad input or config, 130 interrupted. Where the reader of what is
-        printed has gone (`| head`), 1 without a word.
+        0 done, 1 failure (with its traceback), 2 bad input or config, or a torchvision that does not fit torch, 130
+        interrupted. Where the reader of what is printed has gone (`| head`), 1 without a word.
     """
     prepare_cpu()  # before any main imports torch
     try:
@@ -66,6 +67,9 @@ def _exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong flag
         return int(stop.code or EXIT_DONE)
     except Exception as error:
+        if (fault := torchvision_fault()) is not None:  # whatever transformers makes of it
+            print(f"error: {fault}", file=sys.stderr)
+            return EXIT_BAD_INPUT
         if not (isinstance(error, BrokenPipeError) and _reader_has_gone(trial="\n")):
             traceback.print_exc()
         return EXIT_FAILURE

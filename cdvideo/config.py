@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+LARGEST = 1_000_000  # bytes of a config file
+MOST_FAULTS = 50  # that are told of one group of settings
 
 
 def check(*rules: tuple[bool, str]) -> None:
@@ -65,7 +68,7 @@ def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[s
         overrides: Texts as `steps=200` or `semantic.weight=0.5`; lists as `sizes=[1, 2]`; `null` is None.
 
     Raises:
-        UserError: Naming every unknown key, wrong type and broken rule there is, not only the first.
+        UserError: Naming the unknown keys, wrong types and broken rules that there are, not only the first.
     """
     tree = {} if file is None else _read_yaml(file)
     problems: list[str] = []
@@ -97,23 +100,48 @@ class _Text(str):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that is written twice."""
+    """YAML's safe loader, which also refuses a key that is written twice, and aliases, by which a few lines may stand
+    for millions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read: write the value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {_SHORT.repr(key.value)} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
+def _short() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    short.maxlist = short.maxdict = short.maxtuple = 20
+    short.maxlong = 60
+    return short
+
+
+_SHORT = _short()  # for what a file may hold without end
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
-    allowed = "a YAML file of `key: value` lines"
+    allowed = f"a YAML file of `key: value` lines, of at most {LARGEST // 1000} kB"
     try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"config {file} is too large", allowed=allowed, do="check the path of --config")
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise UserError(f"config {file}: {error.strerror}", allowed=allowed, do="check the path of --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, numbers and dates that are none
         raise UserError(f"config {file}: {error}", allowed=allowed, do="correct the file at that place") from error
     if tree is None:
         return {}
@@ -144,9 +172,12 @@ def _build(cls: type[T], tree: Mapping[str, Any], defaults: Mapping[str, Any], p
     problems: list[str] = []
     values = dict(defaults)
     for key, value in tree.items():
+        if len(problems) >= MOST_FAULTS:
+            problems.append(f"{prefix}...: more of the kind")
+            break
         if key not in kinds:
-            meant = _did_you_mean(str(key), [*setting_names(cls)], prefix)
-            problems.append(f"{prefix}{key}: no such setting{meant}")
+            meant = _did_you_mean(str(key)[:200], [*setting_names(cls)], prefix)
+            problems.append(f"{prefix}{str(key)[:200]}: no such setting{meant}")
             continue
         try:
             values[key] = _convert(value, kinds[key], f"{prefix}{key}", defaults.get(key))
@@ -202,7 +233,7 @@ def _convert(value: Any, kind: Any, name: str, default: Any = None) -> Any:
         return str(value)
     elif kind in (bool, int) and type(value) is kind:
         return value
-    raise ValueError(f"{name}={value!r}: must be {_describe(kind)}")
+    raise ValueError(f"{name}={_SHORT.repr(value)}: must be {_describe(kind)}")
 
 
 def _convert_all(values: Sequence[Any], kinds: Sequence[Any], name: str) -> tuple[Any, ...]:
@@ -214,17 +245,17 @@ def _convert_all(values: Sequence[Any], kinds: Sequence[Any], name: str) -> tupl
 def _parse(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}={text}: can not be read; lists are written [a, b]") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}={text[:200]}: can not be read; lists are written [a, b]") from error
 
 
 def _finite(value: float | str, name: str) -> float:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # of a whole number that is too large for a float
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name}={value!r}: must be {_describe(float)}")
+        raise ValueError(f"{name}={_SHORT.repr(value)}: must be {_describe(float)}")
     return number
 
 

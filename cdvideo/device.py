@@ -9,8 +9,8 @@ from cdvideo.errors import UserError
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name, which becomes the current one.
+def use_device(name: str = "auto") -> torch.device:
+    """Make the device of that name the current one, and return it.
 
     Args:
         name: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:1".

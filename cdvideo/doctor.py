@@ -6,10 +6,10 @@ Nothing but Python is taken for granted here, so that the doctor speaks where an
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
 from argparse import ArgumentParser
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cdvideo.errors import EXIT_FAILURE
+from cdvideo.install import numbers_of, torchvision_fault
 
 if TYPE_CHECKING:
     import torch
@@ -105,28 +106,27 @@ def packages() -> Iterator[Finding]:
     for name, (least, extra, purpose) in OPTIONAL.items():
         yield _package(name, least, "optional", f" (for {purpose})", f"pip install 'cdvideo[{extra}]'")
 
+    if (fault := torchvision_fault()) is not None:
+        yield Finding("versions", "torchvision", "broken", fault.given, fault.do)
+
 
 def _package(name: str, least: str, if_missing: Literal["missing", "optional"], purpose: str, mend: str) -> Finding:
     try:
         found = version(name)
     except PackageNotFoundError:
         return Finding("versions", name, if_missing, f"not installed{purpose}", mend)
-    if _numbers(found) < _numbers(least):
+    if numbers_of(found) < numbers_of(least):
         return Finding("versions", name, if_missing, f"{found}, at least {least} is needed{purpose}", mend)
     return Finding("versions", name, "ok", found)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 def devices() -> Iterator[Finding]:
     """CPU and GPUs with their memory, and which of them is taken."""
     import torch
 
-    from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.device import pick_dtype, use_device
 
-    auto = pick_device("auto")
+    auto = use_device("auto")
     dtype = str(pick_dtype("auto", auto)).removeprefix("torch.")
     yield Finding("devices", "auto", "ok", f"without --device and --dtype: {auto}, {dtype}")
     yield tried("devices", "cpu", _cpu, mend="pip install accelerate psutil")

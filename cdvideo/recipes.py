@@ -64,11 +64,11 @@ def train_concept_main(argv: Sequence[str]) -> None:
     from cdvideo.concept.optimizer import check_optimizer
     from cdvideo.concept.trainer import train_concept
     from cdvideo.concept.words import check_token, warn_of_unknown_words
-    from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.device import pick_dtype, use_device
     from cdvideo.sampling.memory import training_cures, training_needs
     from cdvideo.sampling.prior import prior_pictures
 
-    device = pick_device(config.device)
+    device = use_device(config.device)
     check_optimizer(config.optim, device)
     report = logger.info if args.quiet else print
     dtype, on_gpu = pick_dtype(config.dtype, device), device.type == "cuda"

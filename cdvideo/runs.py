@@ -5,19 +5,26 @@ Nothing is ever half written: a result appears under its name only once it is wh
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cdvideo.errors import UserError
+
+ABANDONED = 24 * 3600  # seconds after which a temporary file is one that a process left behind when it was killed
+
+
+_PARTS = ".{}.????????.part{}"  # the temporary names of a file, by its stem and its suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +77,19 @@ def create_run(parent: Path, name: str, *, resume: bool = False) -> Run:
     """
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"run name {name!r}", allowed="a plain file name", do="choose a name without slashes")
-    require_writable(parent)
+    ensure_writable(parent)
     return open_run(_newest_folder(parent, name) if resume else _make_folder(parent, name))
 
 
 def open_run(folder: Path) -> Run:
-    """Locks the folder of a run that exists.
+    """Locks the folder of a run that exists, and clears away what a process that was killed left half written there.
 
     Raises:
         UserError: For a folder that does not exist, can not be written, or is being written by another process.
     """
     if not folder.is_dir():
         raise _no_run(folder.parent, folder.name)
-    require_writable(folder)
+    ensure_writable(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -92,6 +99,8 @@ def open_run(folder: Path) -> Run:
             allowed="one writer for each run",
             do="wait until it has ended, or start a run of another name",
         ) from error
+    for part in folder.glob(_PARTS.format("*", "*")):  # nobody else writes here
+        part.unlink(missing_ok=True)
     return Run(folder=folder, lock=lock)
 
 
@@ -99,22 +108,29 @@ def open_run(folder: Path) -> Run:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, the file made there takes the name `path`.
 
-    A failure or an interrupt removes the temporary file and leaves an earlier `path` as it was. The temporary name
-    keeps the suffix, for writers that choose the format by it.
+    A failure or an interrupt removes the temporary file and leaves an earlier `path` as it was. So does a loss of
+    power, since the bytes are on the disk before the name is. The temporary name keeps the suffix, for writers that
+    choose the format by it. Temporary files of that name that are a day old are what killed processes left, and go.
 
     Raises:
         UserError: When the folder can not be made or written.
     """
-    require_writable(path.parent)
+    ensure_writable(path.parent)
+    for left in path.parent.glob(_PARTS.format(glob.escape(path.stem), glob.escape(path.suffix))):
+        with suppress(FileNotFoundError):  # another process clears away too
+            if left.stat().st_mtime < time.time() - ABANDONED:
+                left.unlink()
     part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
         yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path) -> None:
+def ensure_writable(folder: Path) -> None:
     """Makes the folder where it is missing, and tries that files can be made in it.
 
     Raises:

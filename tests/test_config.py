@@ -235,3 +235,44 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
     )
     assert load_config(Example, file=yaml_file(tmp_path, to_yaml(config))) == config
     assert load_config(Example, file=yaml_file(tmp_path, to_yaml(Example()))) == Example()
+
+
+BOMBS = {
+    "aliases": "a: &a [x, x, x]\n"
+    + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 9)}]\n" for m, n in zip("abcdefg", "bcdefgh", strict=True)),
+    "one alias": "steps: &n 5\nseed: *n\n",
+    "brackets": "steps: " + "[" * 5000,
+    "digits": "steps: " + "9" * 10_000,
+    "a date": "steps: 2001-99-99",
+    "a long text": "steps: " + "x" * 100_000,
+    "a long key": "y" * 100_000 + ": 1",
+    "a large file": "# " + "z" * 2_000_000,
+    "many keys": "".join(f"k{n}: 1\n" for n in range(3000)),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_hostile_yaml_is_told_shortly(tmp_path: Path, kind: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Small:
+        steps: int = 1
+        seed: int = 0
+
+    file = tmp_path / "a.yaml"
+    file.write_text(BOMBS[kind])
+    with pytest.raises(UserError) as caught:
+        load_config(Small, file=file)
+    assert len(str(caught.value)) < 6000
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 10_000, "2001-99-99", "&a [*a]"])
+def test_hostile_overrides_are_told_shortly(value: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Small:
+        steps: int = 1
+        rate: float = 1.0
+
+    for name in ("steps", "rate"):
+        with pytest.raises(UserError) as caught:
+            load_config(Small, overrides=[f"{name}={value}"])
+        assert len(str(caught.value)) < 3000

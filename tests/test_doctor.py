@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,3 +93,35 @@ def test_versions_are_those_of_the_project_file() -> None:
     assert stated == doctor.REQUIRED
     for name, (least, extra, _) in doctor.OPTIONAL.items():
         assert re.search(rf'^{extra} = \[.*"{name}>={re.escape(least)}"', text, re.MULTILINE)
+
+
+@pytest.fixture
+def wrong_torchvision(tmp_path: Path) -> dict[str, str]:
+    """An environment with a torchvision that was built for another torch."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    about = tmp_path / "torchvision-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1.0\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def test_a_torchvision_that_does_not_fit_is_told(wrong_torchvision: dict[str, str], tmp_path: Path) -> None:
+    minor = int(torch.__version__.split(".")[1]) + 15
+    line = f"pip install 'torchvision==0.{minor}.*', or pip uninstall torchvision"
+    said = f"torchvision 0.1.0 does not fit torch {torch.__version__.partition('+')[0]}"
+    for script, code in (("doctor.py", 1), ("animate.py", 2)):
+        arguments = [] if script == "doctor.py" else ["--prompt", "a dog"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / script, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=wrong_torchvision,
+        )
+        told = done.stdout + done.stderr
+        assert said in told and line in told and "operator torchvision::nms does not exist" in told, told
+        assert done.returncode == code and "Traceback" not in told

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "cpu": set(),
-    "cli": GROUND | {"cpu"},
+    "install": {"errors"},
+    "cli": GROUND | {"cpu", "install"},
     "runs": GROUND,
     "device": GROUND,
     "attention": GROUND,
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "world": TOOLS | {"base", "motion"},
     "evaluation": SAMPLING | {"world", "cpu"},
     "web": SAMPLING,
-    "doctor": TOOLS | {"base"},
+    "doctor": TOOLS | {"base", "install"},
     "recipes": SAMPLING,
 }
 

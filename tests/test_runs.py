@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdvideo.errors import UserError
-from cdvideo.runs import atomic_path, create_run, open_run, require_writable
+from cdvideo.runs import atomic_path, create_run, ensure_writable, open_run
 
 
 def test_a_run_makes_its_folder(tmp_path: Path) -> None:
@@ -143,7 +144,34 @@ def test_unwritable_folders_are_told(tmp_path: Path) -> None:
     for attempt in (
         lambda folder: create_run(folder, "rex"),
         lambda folder: atomic_path(folder / "film.mp4").__enter__(),
-        require_writable,
+        ensure_writable,
     ):
         with pytest.raises(UserError, match="can not write into .*file/deep: Not a directory"):
             attempt(tmp_path / "file" / "deep")
+
+
+def test_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append("fsync"), real_sync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (happened.append("replace"), real_replace(a, b)))
+    with atomic_path(tmp_path / "a.txt") as part:
+        part.write_text("whole")
+    assert happened == ["fsync", "replace"] and (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path: Path) -> None:
+    """In a run's folder at once, since it is locked; elsewhere another process may be writing, for a day at most."""
+    run, old, new = tmp_path / "run", tmp_path / ".a.01234567.part.txt", tmp_path / ".a.89abcdef.part.txt"
+    run.mkdir()
+    torn = run / ".state.01234567.part.safetensors"
+    others = [tmp_path / ".other.01234567.part.txt", tmp_path / ".a.part.txt", tmp_path / "a.01234567.part.txt"]
+    for file in (old, new, torn, *others):
+        file.write_text("torn")
+    for file in (old, *others):
+        os.utime(file, (0, 0))
+    with atomic_path(tmp_path / "a.txt") as part:
+        part.write_text("whole")
+    open_run(run).close()
+    assert not old.exists() and not torn.exists()
+    assert new.exists() and all(file.exists() for file in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,72 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "timestep_spacing": "leading",
 }
+
+
+# The VAE's one attention, under diffusers' names: today's, and those from before it had one class for all attentions.
+_ATTENTION = re.compile(rf"{re.escape(VAE)}(?:en|de)coder\.mid\.attn_1\.")
+_ATTENTION_NAMES = {
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+    "query.": "q.",
+    "key.": "k.",
+    "value.": "v.",
+    "proj_attn.": "proj_out.",
+    "group_norm.": "norm.",
+}
+# A layer of Stable Diffusion 2's text encoder, under OpenCLIP's names or CLIP's.
+_LAYER = rf"(?:{re.escape(OPEN_CLIP)}transformer\.resblocks|{re.escape(CLIP)}(?:text_model\.)?encoder\.layers)\.(\d+)\."
+_LAYERS = 23  # of OpenCLIP's 24, that Stable Diffusion 2 reads
+_WIDTH = 1024  # of OpenCLIP's text encoder
+
+
+def family_of(tensors: Mapping[str, Tensor]) -> Literal["1.x", "2.x", "XL"]:
+    """By the text encoders; where one has CLIP's names, by the UNet, whose projections are linear from 2.x on.
+
+    Raises:
+        KeyError: there is no such projection.
+    """
+    if any(name.startswith(XL_CLIP) for name in tensors):
+        return "XL"
+    is_linear = tensors[f"{UNET}middle_block.1.proj_in.weight"].ndim == 2
+    return "2.x" if is_linear or any(name.startswith(OPEN_CLIP) for name in tensors) else "1.x"
+
+
+def used_layers(tensors: Mapping[str, Tensor]) -> int:
+    """How many layers of its text encoder Stable Diffusion 2 reads: all but the last of OpenCLIP's, which converters
+    leave out.
+
+    A file of another width than the released models' is taken for one with all layers where it has what stands beside
+    them in OpenCLIP's own.
+    """
+    layers = count(tensors, _LAYER)
+    table = tensors.get(f"{OPEN_CLIP}token_embedding.weight")
+    if table is None or table.shape[1] == _WIDTH:
+        return min(layers, _LAYERS)
+    is_whole = any(f"{OPEN_CLIP}{name}" in tensors for name in ("text_projection", "logit_scale"))
+    return layers - is_whole
+
+
+def unused_layers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of what Stable Diffusion 2 has no use for in its text encoder."""
+    used = used_layers(tensors)
+    return [name for name in tensors if (found := re.match(_LAYER, name)) and int(found[1]) >= used]
+
+
+def name_attention(tensors: dict[str, Tensor]) -> None:
+    """Gives the VAE's attention the names and shapes of CompVis' files, in place; converters leave diffusers' there,
+    and biases as convolutions of one pixel have them."""
+    for name in [name for name in tensors if _ATTENTION.match(name)]:
+        tensor, start = tensors.pop(name), _ATTENTION.match(name)
+        assert start is not None
+        rest = name[start.end() :]
+        for theirs, ours in _ATTENTION_NAMES.items():
+            if rest.startswith(theirs):
+                rest = ours + rest.removeprefix(theirs)
+                break
+        tensors[start[0] + rest] = tensor.flatten() if rest.endswith("bias") else tensor
 
 
 def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,61 +2,77 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from threading import Condition, get_ident
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from diffusers import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from cdvideo.base.checkpoint import read_tensors
+from cdvideo.base.folder import (
+    CONFIGS,
+    HASHED_PARTS,
+    PARTS,
+    SECOND_TEXT_PARTS,
+    VARIANT_FILES,
+    VARIANTS,
+    WEIGHTS,
+    is_sdxl_folder,
+    matching,
+    read_folder,
+    variant_of,
+    weight_files,
+)
+from cdvideo.base.hashes import kept_hash
 from cdvideo.base.latents import Vae, vae_dtype
-from cdvideo.base.single_file import BaseParts, check_added_inputs, read_single_file
+from cdvideo.base.single_file import read_single_file
 from cdvideo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 TINY_BASE = Path(__file__).parent / "tiny"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SECOND_TEXT_PARTS = ("text_encoder_2", "tokenizer_2")  # of SDXL
-HASHED_PARTS = ("unet", "text_encoder", "vae")
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # "owner/model", or "owner/model@revision"
 
-# What is read of each part: neither variants (fp16, non_ema), nor the same weights as pickles, ONNX, Flax or OpenVINO.
-_CONFIGS = (
-    "*config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-_WEIGHTS = tuple(
-    f"{stem}{ending}"
-    for stem in ("diffusion_pytorch_model", "model")
-    for ending in (".safetensors", "-?????-of-?????.safetensors")
-)
+
 HUB_FILES = (
     "model_index.json",
     *(
         f"{part}/{name}"
         for part in (*PARTS, *SECOND_TEXT_PARTS)
-        for name in (*_CONFIGS, *_WEIGHTS, "*.safetensors.index.json")
+        for name in (*CONFIGS, *WEIGHTS, "*.safetensors.index.json")
     ),
 )
 
 
-# The VAE's attention as folders of Stable Diffusion 1 name it, from before diffusers had one class for all attentions.
-_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_OLD_ATTENTION = re.compile("|".join(map(re.escape, _OLD_NAMES)))
+class Lock:
+    """Lets one thread at a time in; that one may enter again. A copy of its owner gets a lock of its own.
+
+    Unlike threading.RLock it may be left from another thread, as generators are that nobody has read to their end.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._holder, self._depth = Condition(), 0, 0
+
+    def __enter__(self) -> None:
+        me = get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._depth == 0 or self._holder == me)
+            self._holder, self._depth = me, self._depth + 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            self._changed.notify_all()
+
+    def __deepcopy__(self, _memo: object) -> Lock:
+        return Lock()
 
 
 @dataclass
@@ -66,6 +82,8 @@ class Base:
     resolution: native pixels.
     text_encoder_2, tokenizer_2: SDXL's second ones; None of other bases.
     zero_empty_prompt: whether the empty prompt is zeros in place of its encoding, as SDXL learned guidance.
+    in_use: held while something works with the modules, which sampling and training change for as long as they take; a
+        second thread waits.
     """
 
     name: str
@@ -82,6 +100,7 @@ class Base:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
     zero_empty_prompt: bool = False
+    in_use: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @property
     def is_sdxl(self) -> bool:
@@ -120,7 +139,8 @@ def load_base(
 
     Args:
         name: "tiny" (the embedded base), a local folder in diffusers' layout, a .safetensors or .ckpt file of Stable
-            Diffusion 1.x, 2.x or XL, or a hub id "owner/model"; only a hub id ever touches the network.
+            Diffusion 1.x, 2.x or XL, or a hub id "owner/model" or "owner/model@revision" (a branch, a tag or a
+            commit); only a hub id ever touches the network.
         resting: those of "unet", "vae" and "text_encoder" (SDXL's both) that stay in RAM, to be on the device only
             while they work (base/offload.py); on the CPU it makes no difference.
         report: is told in a line what was found, how many tensors found their place, the prediction and the schedule.
@@ -133,7 +153,7 @@ def load_base(
     if path.is_dir():
         _check_folder(path, name)
     base_hash = weights_hash(path)
-    parts = read_single_file(path, dtype=dtype) if path.is_file() else _read_folder(path, dtype)
+    parts = read_single_file(path, dtype=dtype) if path.is_file() else read_folder(path, dtype)
     base = Base(
         name=name,
         path=path,
@@ -169,135 +189,46 @@ def _check_folder(path: Path, name: str) -> None:
             )
 
 
-def is_sdxl_folder(path: Path) -> bool:
-    """Whether the UNet also reads a pooled text and sizes, as its config says."""
-    config = path / "unet" / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("addition_embed_type") == "text_time"
-
-
-def _read_folder(path: Path, dtype: torch.dtype) -> BaseParts:
-    is_sdxl = is_sdxl_folder(path)
-    # First the text encoders, which are read whole before they are cast: by then little else is in memory.
-    text_encoder = load_text_encoder(path / "text_encoder", dtype=dtype)
-    second = _read_second_text(path, dtype) if is_sdxl else {}
-    vae_class = json.loads((path / "vae" / "config.json").read_text())["_class_name"]
-    vae = _empty(path, "vae", AutoencoderTiny if vae_class == "AutoencoderTiny" else AutoencoderKL)
-    _fill(vae, path, "vae", vae_dtype(vae, dtype, is_sdxl=is_sdxl))
-    unet = _empty(path, "unet", UNet2DConditionModel)
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise UserError(
-            f"the UNet in {path} reads {unet.config.in_channels} channels, its VAE has {vae.config.latent_channels}",
-            allowed="text-to-image models; those for inpainting, depth or editing read more than noise",
-            do="give another --base",
-        )
-    if second:
-        check_added_inputs(unet, second["text_encoder_2"].config.projection_dim, path.name)
-    _fill(unet, path, "unet", dtype)
-    modules = {"UNet": unet, "VAE": vae, "text encoder": text_encoder}
-    if second:
-        modules["second text encoder"] = second["text_encoder_2"]
-    return BaseParts(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-        # Latents go beyond [-1, 1]; folders of samplers that never clip do not say so, and DDIM would. Those of Stable
-        # Diffusion 1 are older than other predictions than that of noise.
-        scheduler_config={
-            "clip_sample": False,
-            "prediction_type": "epsilon",
-            **DDIMScheduler.load_config(path, subfolder="scheduler"),
-        },
-        found=f"{'SDXL, ' if second else ''}a folder in diffusers' layout",
-        matched={part: len(module.state_dict()) for part, module in modules.items()},
-        **second,
-    )
-
-
-def _empty(path: Path, part: str, kind: Any) -> Any:
-    with init_empty_weights():
-        return kind.from_config(kind.load_config(path, subfolder=part))
-
-
-def _fill(module: nn.Module, path: Path, part: str, dtype: torch.dtype) -> None:
-    """Gives an empty module the weights of its folder; not `from_pretrained`, which has them twice when it casts."""
-    given: dict[str, Tensor] = {}
-    for file in _weight_files(path / part):
-        for name, tensor in read_tensors(file, dtype_of=lambda _: dtype).items():
-            given[_OLD_ATTENTION.sub(lambda found: _OLD_NAMES[found[0]], name)] = tensor
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    shared = wanted.keys() & given.keys()
-    info = {
-        "missing_keys": wanted.keys() - shared,
-        "unexpected_keys": given.keys() - shared,
-        "mismatched_keys": {name for name in shared if given[name].shape != wanted[name]},
-    }
-    _check_all_matched({"unet": "UNet", "vae": "VAE"}[part], info, path)
-    module.load_state_dict(given, assign=True)
-
-
-def _read_second_text(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What a folder of SDXL has beside the parts of all: fields of BaseParts."""
-    encoder = load_text_encoder(path / "text_encoder_2", dtype=dtype, kind=CLIPTextModelWithProjection)
-    index = path / "model_index.json"
-    said = json.loads(index.read_text()) if index.is_file() else {}
-    return {
-        "text_encoder_2": encoder,
-        "tokenizer_2": CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
-        "zero_empty_prompt": bool(said.get("force_zeros_for_empty_prompt", True)),
-    }
-
-
-def _check_all_matched(part: str, info: Mapping[str, Collection[Any]], path: Path) -> None:
-    """Raises UserError for weights without a place, and for places that would keep random weights."""
-    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        told = ", ".join(
-            f"{len(keys)} {kind.removesuffix('_keys')} (such as {min(map(str, keys))})" for kind, keys in wrong.items()
-        )
-        raise UserError(
-            f"the {part} in {path}: {told}",
-            allowed="weights that fit the folder's config.json key by key",
-            do="get the folder again, or give another --base",
-        )
-
-
-def load_text_encoder(folder: Path, *, dtype: torch.dtype = torch.float32, kind: Any = CLIPTextModel) -> Any:
-    """A text encoder of that class on the CPU, without the progress bar that transformers shows for every file."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        text_encoder, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-    _check_all_matched("text encoder", info, folder.parent)
-    return text_encoder
-
-
 def find_base(name: str) -> Path:
+    """Where a base lies; what a hub id names is fetched, once in a process."""
     if name == "tiny":
         return TINY_BASE
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-        except (HfHubHTTPError, OSError) as error:  # no network, no such model, no leave to read it, a full disk
-            raise UserError(
-                f"base {name!r} can not be had from the hub ({str(error).strip().splitlines()[0]})",
-                allowed="the id of a model that you may read, and a network to reach it; what was fetched once is kept",
-                do="check the id given with --base, or give a local folder or file",
-            ) from error
+    if re.fullmatch(HUB_ID, name) and not path.parent.is_dir():
+        return _fetched(name)
     raise UserError(
         f"base {name!r}: no such folder or file",
-        allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model'",
+        allowed="'tiny', a local diffusers folder, a .safetensors or .ckpt file, or a hub id 'owner/model@revision'",
         do="check the path given with --base",
     )
+
+
+@cache
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    owner_and_model, _, revision = name.partition("@")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        path = Path(snapshot_download(owner_and_model, allow_patterns=list(HUB_FILES), **options))
+        for variant in VARIANTS:  # of the parts that have no other weights
+            parts = [part for part in (*HASHED_PARTS, "text_encoder_2") if (path / part).is_dir()]
+            bare = [part for part in parts if variant_of(path / part) is None and not matching(path / part, WEIGHTS)]
+            if bare:
+                patterns = [f"{part}/{file}" for part in bare for file in VARIANT_FILES[variant]]
+                patterns += [f"{part}/*.safetensors.index.*json" for part in bare]
+                snapshot_download(owner_and_model, allow_patterns=patterns, **options)
+        return path
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        # no network, no such model or revision, no leave to read it, a full disk
+        raise UserError(
+            f"base {name!r} can not be had from the hub ({str(error).strip().splitlines()[0]})",
+            allowed="the id of a model that you may read, and a network to reach it; what was fetched once is kept",
+            do="check the id given with --base, or give a local folder or file",
+        ) from error
 
 
 def weights_hash(path: Path) -> str:
@@ -308,33 +239,11 @@ def weights_hash(path: Path) -> str:
     Of a single file it is the SHA-256 of its bytes, whose first digits the web interfaces show as the model's hash.
 
     Raises:
-        UserError: as `_weight_files`.
+        UserError: as `weight_files`.
     """
-    digest = hashlib.sha256()
     if path.is_file():
-        _digest_file(digest, path)
-        return digest.hexdigest()[:16]
-    for part in (*HASHED_PARTS, *(["text_encoder_2"] if is_sdxl_folder(path) else [])):
-        for file in _weight_files(path / part):
-            digest.update(f"{part}/{file.name}".encode())
-            _digest_file(digest, file)
-    return digest.hexdigest()[:16]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """One file, or its shards. Raises UserError where there are no safetensors weights."""
-    files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
-    if not files:
-        raise UserError(
-            f"{folder} holds no .safetensors weights",
-            allowed="weights in safetensors files (no pickle, no variant), named as diffusers names them",
-            do="convert the base to safetensors, or give another --base",
-        )
-    return files
-
-
-def _digest_file(digest: hashlib._Hash, file: Path) -> None:
-    """Piece by piece: the whole file would be a second copy of the weights in memory."""
-    with file.open("rb") as opened:
-        while piece := opened.read(2**20):
-            digest.update(piece)
+        files = {"": path}
+    else:
+        parts = (*HASHED_PARTS, *(["text_encoder_2"] if is_sdxl_folder(path) else []))
+        files = {f"{part}/{file.name}": file for part in parts for file in weight_files(path / part)}
+    return kept_hash(files)

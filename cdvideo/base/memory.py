@@ -8,7 +8,6 @@ allocator take for themselves; `WORKSPACE` stands for it.
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdvideo.base.checkpoint import read_tensors
+from cdvideo.base.folder import is_sdxl_folder, load_tokenizer, read_json
 from cdvideo.base.ldm import (
     CLIP,
     OPEN_CLIP,
@@ -35,10 +35,12 @@ from cdvideo.base.ldm import (
     XL_CLIP,
     XL_OPEN_CLIP,
     count,
+    family_of,
     unet_config,
+    used_layers,
     vae_config,
 )
-from cdvideo.base.loader import Base, find_base, is_sdxl_folder
+from cdvideo.base.loader import Base, find_base
 from cdvideo.base.single_file import load_clip_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -162,8 +164,8 @@ def _folder_outline(path: Path) -> Outline | None:
     parts = ["unet", "vae", *(f"text_encoder{number}" for number in numbers)]
     if not all((path / part / "config.json").is_file() for part in parts):
         return None
-    shapes = {part: json.loads((path / part / "config.json").read_text()) for part in parts}
-    tokenizers = [CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{number}") for number in numbers]
+    shapes = {part: read_json(path / part / "config.json") for part in parts}
+    tokenizers = [load_tokenizer(path, f"tokenizer{number}") for number in numbers]
     return shapes, tokenizers, dict(DDIMScheduler.load_config(path, subfolder="scheduler"))
 
 
@@ -175,11 +177,17 @@ def _file_outline(path: Path) -> Outline | None:
     is_whole = found in ([CLIP], [OPEN_CLIP], [XL_CLIP, XL_OPEN_CLIP])
     if not is_whole or not all(any(n.startswith(part) for n in tensors) for part in (UNET, VAE)):
         return None
-    # Of Stable Diffusion 2 there are models for 512 pixels and for 768; which it is, only a trial tells.
-    cells = {CLIP: 64, OPEN_CLIP: 96, XL_CLIP: 128}[found[0]]
-    shapes = {"unet": {**unet_config(tensors), "sample_size": cells}, "vae": vae_config(tensors)}
+    try:
+        family = family_of(tensors)
+        # Of Stable Diffusion 2 there are models for 512 pixels and for 768; which it is, only a trial tells.
+        cells = {"1.x": 64, "2.x": 96, "XL": 128}[family]
+        shapes = {"unet": {**unet_config(tensors), "sample_size": cells}, "vae": vae_config(tensors)}
+    except (KeyError, IndexError):
+        return None
     for part, prefix in zip(("text_encoder", "text_encoder_2"), found, strict=False):
         shapes[part] = _text_shape(tensors, prefix)
+    if family == "2.x":
+        shapes["text_encoder"]["num_hidden_layers"] = used_layers(tensors)
     return shapes, [load_clip_tokenizer(pad_token="!") for _ in found], {**SCHEDULER}
 
 
@@ -187,12 +195,11 @@ def _text_shape(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """Close enough to count a text encoder's bytes, from its table of tokens and its layers."""
     own = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
     ((vocabulary, width),) = (shape for name, shape in own.items() if name.endswith("token_embedding.weight"))
-    layers = count(own, r".*(?:layers|resblocks)\.(\d+)\.")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_hidden_layers": layers - (prefix == OPEN_CLIP),  # Stable Diffusion 2 reads the last layer but one
+        "num_hidden_layers": count(own, r".*(?:layers|resblocks)\.(\d+)\."),
         "num_attention_heads": width // 64,
         "projection_dim": own.get("text_projection", own.get("text_projection.weight", [width]))[-1],
     }

@@ -28,7 +28,9 @@ class SeededLCMScheduler(LCMScheduler):
         return super().step(model_output, timestep, sample, generator=self.generators)
 
 
-def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim", *, seeds: Sequence[int] = ()) -> Scheduler:
+def make_scheduler(
+    config: Mapping[str, Any], name: SamplerName = "ddim", *, seeds: Sequence[int] = (), steps: int | None = None
+) -> Scheduler:
     """A sampler with the base's betas and prediction.
 
     DDIM (arXiv 2010.02502), DPM-Solver++ 2M (2211.01095), Euler (2206.00364, algorithm 2 without churn), LCM's
@@ -36,7 +38,19 @@ def make_scheduler(config: Mapping[str, Any], name: SamplerName = "ddim", *, see
 
     Args:
         seeds: One for each sample of the batch; LCM alone asks for them.
+        steps: How many will be taken. Steps that are counted from the first timestep up ("leading") have a whole number
+            between them, rounded down: hundreds of them end far below the last timestep, so that sampling would begin
+            in the middle of the schedule, from pure noise. Such are counted down from the last ("trailing").
     """
+    scheduler = _make(config, name, seeds)
+    if steps is not None and scheduler.config["timestep_spacing"] == "leading" and name != "lcm":
+        timesteps, gaps = scheduler.config["num_train_timesteps"], steps + (name == "dpm++")
+        if gaps > timesteps // 2 or timesteps % gaps > timesteps // 10:
+            scheduler.register_to_config(timestep_spacing="trailing")
+    return scheduler
+
+
+def _make(config: Mapping[str, Any], name: SamplerName, seeds: Sequence[int]) -> Scheduler:
     if name == "ddim":
         return DDIMScheduler.from_config(dict(config))
     if name == "euler":

@@ -6,11 +6,12 @@ without weights and then given the file's, so no tensor is held twice. Every key
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -33,9 +34,11 @@ from cdvideo.base.ldm import (
     VAE,
     XL_CLIP,
     XL_OPEN_CLIP,
-    count,
+    family_of,
+    name_attention,
     text_config,
     unet_config,
+    unused_layers,
     vae_config,
 )
 from cdvideo.errors import UserError
@@ -44,7 +47,7 @@ CLIP_VOCABULARY = Path(__file__).parent / "clip"
 
 # What stands beside the weights: tables of the schedule, marks, and parts of CLIP that are never called.
 _BESIDE = re.compile(
-    r"(model_ema|first_stage_model\.loss)\..*|(sqrt_|sqrt_recip_|sqrt_recipm1_|log_|)(one_minus_|)(alphas_cumprod).*"
+    r"(model_ema|first_stage_model\.loss|safety_checker)\..*|(sqrt_|sqrt_recip_|sqrt_recipm1_|log_|)(one_minus_|)(alphas_cumprod).*"
     r"|posterior_.*|betas|logvar|lvlb_weights|scale_factor|v_pred|ztsnr|denoiser\.sigmas"
     r"|(cond_stage_model|conditioner\.embedders\.[01])\..*\.position_ids"
     r"|(cond_stage_model|conditioner\.embedders\.0)\.(model\.|transformer\.|)"
@@ -94,12 +97,12 @@ def read_single_file(path: Path, *, dtype: torch.dtype = torch.float32) -> BaseP
 def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> BaseParts:
     """`read_single_file` for tensors that are read already; `tensors` is emptied of what is not used."""
     _refuse_other_kinds(tensors, path)
-    family = _family(tensors)
     stated, zero_snr = _stated_prediction(tensors, path), "ztsnr" in tensors
     averaged = _take_averaged(tensors)
-    _drop_unused(tensors)
-
     try:
+        family = family_of(tensors)
+        _drop_unused(tensors, family)
+        name_attention(tensors)
         unet_shape = unet_config(tensors)
         vae_shape = vae_config(tensors, scaling_factor=0.13025 if family == "XL" else 0.18215)
         unet_weights = convert_ldm_unet_checkpoint(_part(tensors, UNET), unet_shape)
@@ -118,10 +121,13 @@ def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype
     matched |= {name: _fill(encoders[name], weights, dtype, path) for name, (*_, weights) in texts.items()}
 
     text_encoder, *second = encoders.values()
-    usual = (
-        measure_prediction(unet, text_encoder) if family == "2.x" else Prediction("epsilon", f"as in all of {family}")
-    )
-    prediction = stated or usual
+    _check_widths(unet, [*encoders.values()], path)
+    if stated is not None:
+        prediction = stated
+    elif family == "2.x":
+        prediction = measure_prediction(unet, text_encoder)
+    else:
+        prediction = Prediction("epsilon", f"as in all of {family}")
     # Of Stable Diffusion 2, the models for 768 pixels predict v, those for 512 the noise.
     wide = family == "2.x" and prediction.kind == "v_prediction"
     unet.register_to_config(sample_size=128 if family == "XL" else 96 if wide else 64)
@@ -141,17 +147,11 @@ def base_from_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype
     )
 
 
-def _family(tensors: Mapping[str, Tensor]) -> Literal["1.x", "2.x", "XL"]:
-    """By the names of the text encoders, of which `_refuse_other_kinds` has seen some."""
-    if any(name.startswith(XL_CLIP) for name in tensors):
-        return "XL"
-    return "2.x" if any(name.startswith(OPEN_CLIP) for name in tensors) else "1.x"
-
-
 def _texts(tensors: Mapping[str, Tensor], family: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Tensor]]]:
     """The family's text encoders: class, config's arguments and weights of each."""
     if family != "XL":
-        weights = _open_clip(tensors, OPEN_CLIP) if family == "2.x" else _clip(tensors, CLIP)
+        is_open = any(name.startswith(OPEN_CLIP) for name in tensors)
+        weights = _open_clip(tensors, OPEN_CLIP) if is_open else _clip(tensors, CLIP)
         shape = text_config(weights, activation="gelu" if family == "2.x" else "quick_gelu")
         return {"text encoder": (CLIPTextModel, shape, weights)}
     first, second = _clip(tensors, XL_CLIP), _open_clip(tensors, XL_OPEN_CLIP)
@@ -164,6 +164,13 @@ def _texts(tensors: Mapping[str, Tensor], family: str) -> dict[str, tuple[Any, d
             second,
         ),
     }
+
+
+def _check_widths(unet: UNet2DConditionModel, encoders: Sequence[Any], path: Path) -> None:
+    """Raises UserError where the UNet does not read what the text encoders give: parts of different models."""
+    given, wanted = sum(encoder.config.hidden_size for encoder in encoders), unet.config["cross_attention_dim"]
+    if given != wanted:
+        raise _not_whole(path, f"has a UNet that reads text of width {wanted}, and text encoders of width {given}")
 
 
 def check_added_inputs(unet: UNet2DConditionModel, pooled_width: int, name: str) -> None:
@@ -191,8 +198,11 @@ def measure_prediction(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) 
     """Whether a UNet predicts noise or v: asked at the last timestep, with noise for a picture.
 
     There a picture is almost all noise, so a prediction of the noise is nearly what went in, while v is nearly the
-    picture's negative, which has little to do with it.
+    picture's negative, which has little to do with it. In float16 a copy in float32 is asked: CPUs have no fast kernel
+    for convolutions in half precision, and would take minutes.
     """
+    if unet.dtype == torch.float16:
+        unet, text_encoder = (copy.deepcopy(part).float() for part in (unet, text_encoder))
     generator = torch.Generator().manual_seed(0)
     noise_BCHW = torch.randn(1, unet.config["in_channels"], 32, 32, generator=generator)
     text_BLD = text_encoder(input_ids=torch.tensor([[49406, 49407]])).last_hidden_state
@@ -205,7 +215,7 @@ def _stated_prediction(tensors: Mapping[str, Tensor], path: Path) -> Prediction 
     """What a config beside the file, the file's header or a key says."""
     beside = path.with_suffix(".yaml")
     if beside.is_file():
-        text = beside.read_text(encoding="utf-8")
+        text = beside.read_text(encoding="utf-8", errors="replace")  # what is looked for is ASCII in any encoding
         is_v = re.search(r"^ *parameterization: *[\"']?v[\"']? *$", text, re.MULTILINE) is not None
         return Prediction("v_prediction" if is_v else "epsilon", f"from {beside.name}")
     header = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
@@ -227,12 +237,11 @@ def _take_averaged(tensors: dict[str, Tensor]) -> bool:
     return True
 
 
-def _drop_unused(tensors: dict[str, Tensor]) -> None:
-    """Leaves out what no part has a place for, and OpenCLIP's last layer: 2.x reads the one before it."""
-    layer = rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\."
-    last = f"{OPEN_CLIP}transformer.resblocks.{count(tensors, layer) - 1}."
+def _drop_unused(tensors: dict[str, Tensor], family: str) -> None:
+    """Leaves out what no part has a place for, and of 2.x the layers of the text encoder that it does not read."""
+    unused = {*unused_layers(tensors)} if family == "2.x" else set[str]()
     for name in list(tensors):
-        if _BESIDE.fullmatch(name) or name.startswith(last):
+        if _BESIDE.fullmatch(name) or name in unused:
             del tensors[name]
 
 
@@ -288,8 +297,18 @@ def _not_whole(path: Path, what: str) -> UserError:
     return UserError(
         f"{path.name} {what}",
         allowed="a whole Stable Diffusion 1.x, 2.x or XL in one file, and nothing else in it",
-        do="get the file again, or give another --base",
+        do="give another --base, or the model that this one was made from",
     )
+
+
+# Single keys that make another model of a whole Stable Diffusion, and what it is.
+_MARKS = {
+    f"{UNET}time_embed.cond_proj.": "a latent consistency model, whose UNet also reads the guidance",
+    "edm_": "a model with EDM's noise levels, as CosXL and Playground 2.5 are",
+    "embedding_manager.": "embeddings of textual inversion beside the model, which are read from files of their own",
+    "control_model.": "a ControlNet beside the model",
+    "lora_": "a LoRA beside the model",
+}
 
 
 def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -297,24 +316,38 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
     channels = 4 if first is None else first.shape[1]
     prefixes = (VAE, CLIP, OPEN_CLIP, XL_CLIP, XL_OPEN_CLIP, "conditioner.embedders.0.model.")
     has = {prefix: any(name.startswith(prefix) for name in tensors) for prefix in prefixes}
+    has_text = has[CLIP] or has[OPEN_CLIP] or has[XL_CLIP]
+    labels = any(name.startswith(f"{UNET}label_emb.") for name in tensors)
     joined = "\n".join(tensors)
+    marks = ((kind, name) for mark, kind in _MARKS.items() for name in tensors if name.startswith(mark))
+    of_mark, name_of_mark = next(marks, ("", ""))
     kinds = {
         "Stable Diffusion XL's refiner": has["conditioner.embedders.0.model."],
         "half of SDXL's two text encoders": has[XL_CLIP] != has[XL_OPEN_CLIP],
+        f"{of_mark} ({name_of_mark})": bool(of_mark) and first is not None,
         "a LoRA": "lora" in joined,
         "motion modules": "motion_modules." in joined,
         "parts of a diffusers folder": first is None
         and re.search(r"^(down_blocks|encoder|text_model)\.", joined, re.M),
         "no UNet of Stable Diffusion": first is None,
         f"a model that reads {channels} channels (inpainting, depth or editing)": channels != 4,
-        "a model with class labels": "label_emb." in joined and not has[XL_CLIP],
+        "the UNet of Stable Diffusion XL alone, without text encoders": labels and not has_text,
+        "a model with class labels, or one that reads pictures (unCLIP)": labels and not has[XL_CLIP],
+        "a UNet alone, without text encoder and autoencoder": not has[VAE] and not has_text,
         "no autoencoder": not has[VAE],
-        "no text encoder": not (has[CLIP] or has[OPEN_CLIP] or has[XL_CLIP]),
+        "no text encoder": not has_text,
     }
     for kind, is_it in kinds.items():
         if is_it:
-            raise UserError(
-                f"{path.name} holds {kind}",
-                allowed="text-to-image models of Stable Diffusion 1, 2 and XL, whole in one file or folder",
-                do="choose another file with --base",
-            )
+            raise _other_kind(path, kind)
+    projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
+    if has[OPEN_CLIP] and projection is not None and projection.ndim != 2:
+        raise _other_kind(path, "the text encoder of Stable Diffusion 2 and a UNet of 1.x")
+
+
+def _other_kind(path: Path, kind: str) -> UserError:
+    return UserError(
+        f"{path.name} holds {kind}",
+        allowed="text-to-image models of Stable Diffusion 1, 2 and XL, whole in one file or folder",
+        do="choose another file with --base",
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
+
+from cdvideo.base.loader import HUB_ID
 
 FORMAT_VERSION = 2
 
@@ -49,6 +52,9 @@ def library_versions() -> dict[str, str]:
 
 
 def public_base_name(name: str) -> str:
-    """A base's name without the folders above it, which are nobody's business: /home/me/sd15 is sd15."""
+    """A base's name without the folders above it, which are nobody's business: /home/me/sd15 is sd15. Names on the hub
+    stay."""
     path = Path(name).expanduser()
-    return path.resolve().name if path.is_dir() else name
+    if path.exists():
+        return path.resolve().name
+    return name if re.fullmatch(HUB_ID, name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1]

@@ -91,8 +91,9 @@ def load_drift(path: Path) -> DriftRecord:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["drift"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+            # Copied, since the file is mapped, and Windows replaces no file that is.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} can not be read as a record of drift",
             allowed=f"{DRIFT_FILE} in the folder of a run",

@@ -17,9 +17,9 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -120,7 +120,8 @@ def find_concept(prompt: str, runs_folder: Path, *, base_hash: str) -> Path | No
 
     Files that can not be read, or were trained on another base, are passed over with a warning.
     """
-    trained = sorted(runs_folder.glob(f"*/{CONCEPT_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in runs_folder.glob(f"*/{CONCEPT_FILE}") if path.exists()]  # a link may lead nowhere
+    trained = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in [*trained, *([SAMPLE_CONCEPT] if SAMPLE_CONCEPT.exists() else [])]:
         try:
             metadata = read_metadata(path)
@@ -163,10 +164,20 @@ def _read(path: Path, *, device: str | None) -> tuple[ConceptMetadata, dict[str,
         ) from error
     if header is None:
         raise UserError(f"{path} is a safetensors file, but no concept", allowed=_ALLOWED, do="name another --concept")
-    return _parse_metadata(path, json.loads(header)), tensors
+    return _parse_metadata(path, header), tensors
 
 
-def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
+def _parse_metadata(path: Path, text: str) -> ConceptMetadata:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata are no JSON ({error})", allowed=_ALLOWED, do="copy it again") from error
+    if not isinstance(header, dict):
+        raise UserError(
+            f"{path}: its metadata are a {type(header).__name__}",
+            allowed=_ALLOWED,
+            do="copy it again, or train it again",
+        )
     if header.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {header.get('format_version')}",
@@ -180,7 +191,27 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
             allowed=_ALLOWED,
             do="train it again",
         )
+    kinds = get_type_hints(ConceptMetadata)
+    wrong = sorted(name for name, value in header.items() if not _is_of(value, kinds[name]))
+    if wrong:
+        raise UserError(
+            f"{path}: {', '.join(wrong)} in its metadata are of another type",
+            allowed=_ALLOWED,
+            do="copy it again, or train it again",
+        )
     return ConceptMetadata(**header)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is one of a field of ConceptMetadata: text, a number, or a mapping of texts to those."""
+    if get_origin(kind) is dict:
+        inner = get_args(kind)[1]
+        return isinstance(value, dict) and all(_is_of(each, inner) for each in value.values())
+    if get_args(kind):
+        return any(_is_of(value, each) for each in get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str], object]) -> None:

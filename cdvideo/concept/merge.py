@@ -11,7 +11,7 @@ from torch import Tensor
 from cdvideo.base.loader import Base
 from cdvideo.base.prompts import encode_batch, tokenize_prompts
 from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
-from cdvideo.concept.concept import Concept
+from cdvideo.concept.concept import Concept, public_base_name
 from cdvideo.concept.lora import lora_paths
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
 from cdvideo.errors import UserError
@@ -46,6 +46,14 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
     metadata = dataclasses.replace(
         concepts[0].metadata,
         class_words={token: word for c in concepts for token, word in c.metadata.class_words.items()},
+        initialiser="",
+        base_name=public_base_name(base.name),  # whose reading of the words it is made for
+        base_hash=base.hash,
+        steps=0,  # how it was trained, no one number tells
+        lr=0.0,
+        token_lr=0.0,
+        seed=0,
+        loss_weights={},
         adapter=kind,
         adapter_settings=settings,
         sample_prompt="",

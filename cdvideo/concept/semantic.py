@@ -31,6 +31,8 @@ class SemanticPreservation:
     def __init__(self, base: Base, config: ConceptConfig) -> None:
         self.base, self.config = base, config
         self.templates = (*training_prompts(config.data.style), *SEMANTIC_PHRASES)
+        if config.semantic.form == "relation":  # which would tell a phrase apart from itself, where both have it
+            self.templates = tuple(dict.fromkeys(self.templates))
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
         with torch.no_grad():

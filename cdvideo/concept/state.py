@@ -49,11 +49,11 @@ class TrainState:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads(file.metadata()["state"])
+                before, scaler, step = metadata["settings"], metadata["scaler"], int(metadata["step"])
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: {error}", allowed="a whole state", do="start again without --resume") from error
-        before = metadata["settings"]
         changed = [
             f"{name} (was {before.get(name)}, is {now})"
             for name, now in self.settings.items()
@@ -71,10 +71,11 @@ class TrainState:
         moments: dict[int, dict[str, Tensor | int]] = {}
         for name in (name for name in tensors if name.startswith("optimizer.")):
             _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = _as_kept(tensors[name])
+            # Copied, since the file is mapped, and Windows replaces no file that is.
+            moments.setdefault(int(index), {})[moment] = _as_kept(tensors[name].clone())
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.scaler.load_state_dict(metadata["scaler"])
-        return int(metadata["step"])
+        self.scaler.load_state_dict(scaler)
+        return step
 
 
 def _flat(moments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -88,8 +89,6 @@ def train_concept(
     plain = slice(None, None, config.data.variants)  # each picture as it is
     latents = {token: cache.latents_NCHW[plain] for token, cache in zip(config.class_words, caches, strict=True)}
     drift = DriftMeter(base, config.class_words, latents, steps=config.steps)
-    if optim.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
 
     weights, rows = [*adapter.weights.values()], [*concept.tokens.values()] if config.adapter.train_rows else []
     optimizer = make_optimizer(weights, rows, optim)
@@ -105,7 +104,7 @@ def train_concept(
         return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text.hidden_BLD, added_cond_kwargs=added).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
-    with deferred_interrupt() as interrupted, bar:
+    with base.in_use, recomputing(base, optim.gradient_checkpointing), deferred_interrupt() as interrupted, bar:
         if start == 0:
             run.log({"step": 0, **_drift_metrics(base, adapter, concept, drift, step=0)})
             _draw(sample, concept, config, run, step=0)
@@ -174,6 +173,20 @@ def train_concept(
         run.log({"step": config.steps, **_drift_metrics(base, adapter, concept, drift, step=config.steps)})
     drift.save(run.folder)
     return _finish(sample, concept, config, run)
+
+
+@contextmanager
+def recomputing(base: Base, wanted: bool) -> Iterator[None]:
+    """Within the block, and where it is wanted, the UNet computes activations anew in the backward pass, not keeping
+    them; afterwards it does as before."""
+    if not wanted or base.unet.is_gradient_checkpointing:
+        yield
+        return
+    base.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        base.unet.disable_gradient_checkpointing()
 
 
 def _step_generator(seed: int, step: int) -> torch.Generator:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdvideo.base.loader import Base, load_base
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.errors import UserError
 from cdvideo.evaluation.config import ReportConfig
 from cdvideo.evaluation.drawing import Pictures, open_store
@@ -67,7 +67,7 @@ class Bench:
 
 def open_bench(config: ReportConfig) -> Bench:
     """Loads all that is needed, so that what is missing is told before anything is drawn."""
-    device = pick_device(config.device)
+    device = use_device(config.device)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
     judge = load_judge(config.judge or JUDGE, device=device)
     sprites = load_sprites(config.sprites)

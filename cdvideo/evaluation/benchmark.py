@@ -22,7 +22,7 @@ from cdvideo.concept.concept import library_versions
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.drift import ATTENTION_EVERY, TEXT_EVERY
 from cdvideo.concept.trainer import train_concept
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.evaluation.benchmark_config import TrainingStepConfig
 from cdvideo.media.images import Picture
 from cdvideo.runs import Run, atomic_path, create_run
@@ -36,7 +36,7 @@ def training_step(config: TrainingStepConfig, pictures: Sequence[Picture]) -> di
     The two trainings of a pair take their steps in turn, so that a slow minute of the machine falls on both, each in a
     process of its own. Steps that also measure drift are left out: both trainings measure alike.
     """
-    device = pick_device(config.device)
+    device = use_device(config.device)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
     sides = {"asked": config.concept_config(config.settings), "peer": config.concept_config(config.peer)}
     found: dict[str, list[float]] = {name: [] for name in sides}

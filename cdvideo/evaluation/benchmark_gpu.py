@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import run_main
 from cdvideo.errors import EXIT_FAILURE, UserError
-from cdvideo.runs import atomic_path, require_writable
+from cdvideo.runs import atomic_path, ensure_writable
 
 if TYPE_CHECKING:
     from cdvideo.evaluation.gpu_machine import Machine, Row
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: no GPU, or rows of a name that there is not.
     """
     args = _parse(argv)
-    require_writable(args.out)
+    ensure_writable(args.out)
     start = time.perf_counter()
 
     from cdvideo.evaluation.gpu_machine import open_machine

@@ -20,7 +20,7 @@ from cdvideo.evaluation.benchmark_films import (
 )
 from cdvideo.evaluation.benchmark_memory import memory_flags, run_memory
 from cdvideo.media.images import read_pictures
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _training_step(args: Namespace) -> None:
     config = config_from_flags(TrainingStepConfig, args)
     for settings in (config.settings, config.peer):
         config.concept_config(settings)
-    require_writable(config.out)
+    ensure_writable(config.out)
     pictures = read_pictures(SAMPLE_PICTURES)
 
     from cdvideo.evaluation.benchmark import training_step
@@ -110,7 +110,7 @@ def _concepts_flags(parser: ArgumentParser) -> None:
 def _film_benchmark(args: Namespace, name: str, cls: type[FilmBenchmark]) -> None:
     start = time.perf_counter()
     config = config_from_flags(cls, args)
-    require_writable(config.out)
+    ensure_writable(config.out)
 
     from cdvideo.evaluation import benchmark_concepts, benchmark_sampler
 

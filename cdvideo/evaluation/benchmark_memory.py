@@ -9,7 +9,7 @@ from cdvideo.cli import config_from_flags, print_usage_footer
 from cdvideo.concept.config import SAMPLE_PICTURES
 from cdvideo.evaluation.benchmark_config import MEMORY_RESULT, MemoryConfig
 from cdvideo.media.images import read_pictures
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 
 def memory_flags(parser: ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run_memory(args: Namespace) -> None:
     start = time.perf_counter()
     config = config_from_flags(MemoryConfig, args)
     concept_config = config.concept_config
-    require_writable(config.out)
+    ensure_writable(config.out)
     pictures = read_pictures(SAMPLE_PICTURES)
 
     from cdvideo.evaluation.memory_measurement import measure_memory

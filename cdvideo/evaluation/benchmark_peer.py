@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from cdvideo.base.latents import Vae
 from cdvideo.base.loader import TINY_BASE, Base
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15, Film
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.motion.files import load_motion
@@ -52,7 +52,7 @@ def load_pipeline(film: Film) -> Any:
     """AnimateDiffPipeline with DDIM, on the device, in the dtype."""
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-    device = pick_device(film.device)
+    device = use_device(film.device)
     dtype = pick_dtype(film.dtype, device)
     if film.base == RANDOM_SD15:
         pipeline = pipeline_on(*random_sd15(device, dtype))

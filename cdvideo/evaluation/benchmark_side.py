@@ -34,7 +34,7 @@ from cdvideo.concept.concept import Concept, library_versions
 from cdvideo.concept.file import SAMPLE_CONCEPT
 from cdvideo.concept.kv import kv_projections
 from cdvideo.cpu import keep_freed_memory
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.errors import UserError
 from cdvideo.evaluation import benchmark_peer
 from cdvideo.evaluation.benchmark_films import RANDOM_SD15, SPEEDS, Film, FilmBatch
@@ -124,7 +124,7 @@ def _fill_in(prompt: str, concept: Concept) -> str:
 
 def load_ours(film: Film) -> tuple[Base, MotionModules]:
     """The base and its motion modules, in diffusers' norm mode."""
-    device = pick_device(film.device)
+    device = use_device(film.device)
     dtype = pick_dtype(film.dtype, device)
     if film.base == RANDOM_SD15:
         return random_sd15(device, dtype)
@@ -216,7 +216,7 @@ def count_operations(work: Callable[[], object]) -> Answer:
 
 def surroundings(film: Film) -> Answer:
     """With what and where the film is made."""
-    device = pick_device(film.device)
+    device = use_device(film.device)
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),

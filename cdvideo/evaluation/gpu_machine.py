@@ -13,7 +13,7 @@ import torch
 
 from cdvideo.base.loader import Base
 from cdvideo.cli import peak_memory_bytes
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.evaluation.benchmark_random import random_sd15
 from cdvideo.evaluation.sd15 import CONFIGS, SMALL, Configs
 from cdvideo.motion.modules import MotionModules
@@ -110,7 +110,7 @@ def open_machine(*, dry: bool) -> Machine:
     """Raises UserError: no GPU, and no dry run."""
     if dry:
         return Machine(torch.device("cpu"), torch.float32, dry=True)
-    device = pick_device("cuda")
+    device = use_device("cuda")
     return Machine(device, pick_dtype("auto", device), dry=False)
 
 

@@ -14,7 +14,7 @@ from cdvideo.errors import UserError
 from cdvideo.evaluation.config import JudgeConfig, ReportConfig
 from cdvideo.evaluation.identity.main import identity_parser, train_identity_command
 from cdvideo.evaluation.study.main import study_command, study_parser
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def _base_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
 
 def _measure_base(args: Namespace) -> None:
     config = config_from_flags(ReportConfig, args)
-    require_writable(config.out)
+    ensure_writable(config.out)
     if importlib.util.find_spec("cv2") is None and config.films:
         raise UserError(
             "OpenCV is not installed, and films are measured by optical flow",
@@ -94,17 +94,17 @@ def _train_judge(args: Namespace) -> None:
         raise UserError(f"--minutes {args.minutes}", allowed="a number above 0", do="give the training some time")
     if config.vae is not None and not (config.vae / "config.json").is_file():
         raise UserError(f"no VAE in {config.vae}", allowed="a folder with config.json", do="correct --vae")
-    require_writable(config.out)
+    ensure_writable(config.out)
 
     import torch
 
-    from cdvideo.device import pick_device
+    from cdvideo.device import use_device
     from cdvideo.evaluation.judge.data import render
     from cdvideo.evaluation.judge.model import HEADS
     from cdvideo.evaluation.judge.training import train_judge
     from cdvideo.world.training import Limits
 
-    device = pick_device(config.device)
+    device = use_device(config.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     render(config, args.sprites)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cdvideo.base.loader import HASHED_PARTS, Base, load_base
+from cdvideo.base.folder import HASHED_PARTS
+from cdvideo.base.loader import Base, load_base
 from cdvideo.base.memory import Needs, base_from_configs, total, weight_bytes
 from cdvideo.cli import peak_memory_bytes
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.trainer import train_concept
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.errors import UserError
 from cdvideo.evaluation.benchmark import TimedRun, surroundings
 from cdvideo.evaluation.benchmark_config import MEMORY_RESULT, MemoryConfig
@@ -38,7 +39,7 @@ SKIPPED = 2  # steps at the beginning, in which kernels are chosen and memory is
 
 def measure_memory(config: MemoryConfig, concept: ConceptConfig, pictures: Sequence[Picture]) -> dict[str, Any]:
     """Measures, and writes config.out / MEMORY_RESULT."""
-    device = pick_device(config.device)
+    device = use_device(config.device)
     if device.type == "cpu" and not CLEAR_REFS.exists():
         raise UserError(
             f"measuring on the CPU under {platform.system()}",

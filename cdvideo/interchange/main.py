@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cdvideo.cli import add_common_flags, config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.interchange.config import ConvertConfig
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 if TYPE_CHECKING:
     from cdvideo.concept.concept import Concept
@@ -66,14 +66,14 @@ def _inspect(config: ConvertConfig) -> None:
 
 def _convert(config: ConvertConfig) -> None:
     folder = config.out or CONVERTED / f"{_name(config)}-{config.to}"
-    require_writable(folder)
+    ensure_writable(folder)
 
     from cdvideo.base.loader import load_base
-    from cdvideo.device import pick_device
+    from cdvideo.device import use_device
     from cdvideo.interchange import write
     from cdvideo.interchange.load import load_adapters
 
-    base = load_base(config.base, device=pick_device(config.device))
+    base = load_base(config.base, device=use_device(config.device))
     report = (lambda line: None) if config.quiet else print
     concept = load_adapters(base, config.files, report=report)
     export = write.Export(base, _renamed(concept, config), folder, _name(config), config.rank, report)

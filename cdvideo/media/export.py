@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from cdvideo.errors import UserError
 from cdvideo.media.ffmpeg import Codec, encode
 from cdvideo.media.spool import Frame, Spool
-from cdvideo.runs import atomic_path, require_writable
+from cdvideo.runs import atomic_path, ensure_writable
 
 Metadata: TypeAlias = Mapping[str, str | int | float | bool | None]
 
@@ -161,7 +161,7 @@ def require_frames_alone(path: Path) -> None:
 def _atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic_path`, for a folder of frames; an earlier one gives way, a folder of anything else does not."""
     require_frames_alone(path)
-    require_writable(path.parent)
+    ensure_writable(path.parent)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:

@@ -48,6 +48,8 @@ _RENAMES = (
     (".ff_norm.", ".norm3."),
 )
 
+_WRAPPED = re.compile(r"^((module|_orig_mod|unet)\.)+")  # what trainers and torch.compile put before every name
+
 # What a training of AnimateDiff's own script saves beside the motion modules.
 _IMAGE_UNET = re.compile(
     r"conv_(in|out|norm_out)\.|time_embedding\.|((down|up)_blocks\.\d+|mid_block)\.(resnets|attentions|(down|up)samplers)\."
@@ -70,7 +72,7 @@ def read_motion_file(path: Path) -> MotionFile:
     Raises:
         UserError: what is in the file is something else, and what; or it holds unknown keys.
     """
-    tensors = read_tensors(path)
+    tensors = {_WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
     _refuse_other_kinds(tensors, path)
     left_out = [name for name in tensors if _IMAGE_UNET.match(name)]
     weights: dict[str, Tensor] = {}
@@ -128,6 +130,8 @@ def as_trained(config: MotionConfig, *, has_table: bool = True, file_name: str =
 def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
     """The shape of motion modules, read from their keys. Heads and groups leave no trace: AnimateDiff has 8 and 32."""
     layers = _layers_per_block(weights)
+    if not layers:
+        raise _not_motion(path, f"motion modules under unknown names, such as {min(weights)}")
     tables = {tensor.shape[1] for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
     depths = {_count(weights, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.") for place in _modules(weights)}
     if len(layers) not in (3, 4) or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:

@@ -99,10 +99,17 @@ class MotionConfig:
         allowed = (wanted.block_out_channels, wanted.layers_per_block)
         if given != allowed:
             raise UserError(
-                f"motion modules of widths {given[0]} with {given[1]} layers per block",
-                allowed=f"widths {allowed[0]} with {allowed[1]} layers per block, as the image model has",
+                f"motion modules{_made_for(given[0])} of widths {given[0]} with {given[1]} layers per block",
+                allowed=f"widths {allowed[0]} with {allowed[1]} layers per block, as the image model"
+                f"{_made_for(allowed[0])} has",
                 do="choose motion modules that were trained for this base",
             )
+
+
+def _made_for(widths: tuple[int, ...]) -> str:
+    """The image model of such widths, in words, where it is a known one."""
+    known = {(320, 640, 1280, 1280): "Stable Diffusion 1.x or 2.x", (320, 640, 1280): "Stable Diffusion XL"}
+    return f" (of {known[widths]})" if widths in known else ""
 
 
 def _per_block(value: int | list[int] | tuple[int, ...], count: int) -> tuple[int, ...]:

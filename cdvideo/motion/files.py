@@ -20,6 +20,7 @@ from cdvideo.errors import UserError
 from cdvideo.motion.checkpoints import as_trained, read_motion_file
 from cdvideo.motion.config import MotionConfig, NormMode
 from cdvideo.motion.modules import MotionModules
+from cdvideo.runs import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +35,19 @@ _OWN_FIELDS = (
 
 
 def save_motion(motion: MotionModules, folder: Path) -> None:
-    """Writes config.json and the weights, in the modules' own dtype, as MotionAdapter.from_pretrained reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config.json and the weights, in the modules' own dtype, as MotionAdapter.from_pretrained reads them.
+
+    Each file is written whole or not at all. Raises UserError for a folder that can not be written.
+    """
     config: dict[str, Any] = {"_class_name": "MotionAdapter", "_diffusers_version": version("diffusers")}
     for name, value in asdict(motion.config).items():
         config[f"_{name}" if name in _OWN_FIELDS else name] = value
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in motion.state_dict().items()}
     # Not save_file: what it writes may be read by its owner alone, whatever the umask allows.
-    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    with atomic_path(folder / WEIGHTS_FILE) as part:
+        part.write_bytes(save(weights, metadata={"format": "pt"}))
+    with atomic_path(folder / CONFIG_FILE) as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_motion(
@@ -66,6 +71,12 @@ def load_motion(
     Raises:
         UserError: no such path, something other than motion modules, a config or weights that do not belong together.
     """
+    if not path.exists():
+        raise UserError(
+            f"there is no motion {'file' if path.suffix else 'folder'} {path}",
+            allowed="a MotionAdapter folder, or a file of AnimateDiff's (.ckpt, .safetensors)",
+            do="correct the path of --motion",
+        )
     # Weights that lie beside their config are read with it.
     if path.is_file() and not (
         path.name.startswith("diffusion_pytorch_model") and (path.parent / CONFIG_FILE).is_file()
@@ -108,8 +119,8 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
     """What kind of motion modules the folder has, and their config; without fields of ours they are AnimateDiff's."""
     path = folder / CONFIG_FILE
     try:
-        raw: dict[str, Any] = dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        raw: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"motion folder {folder}: can not read {CONFIG_FILE} ({error})",
             allowed="a folder as diffusers' MotionAdapter saves it",
@@ -126,7 +137,14 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
     }
     given: dict[str, Any] = {names[key]: value for key, value in raw.items() if key in names}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = MotionConfig(**given)
+    try:
+        config = MotionConfig(**given)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: {error}",
+            allowed="the whole numbers that diffusers' MotionAdapter has there",
+            do="get the folder again, or choose another with --motion",
+        ) from error
     if any(f"_{name}" in raw for name in _OWN_FIELDS):
         return "motion modules", config
     return as_trained(config, file_name=folder.name)

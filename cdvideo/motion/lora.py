@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cdvideo.base.checkpoint import read_tensors
+from cdvideo.base.checkpoint import SUFFIXES, read_tensors
 from cdvideo.errors import UserError
 from cdvideo.motion.checkpoints import rename
 from cdvideo.motion.modules import MotionModules
@@ -22,6 +22,10 @@ _FORMS = (
     re.compile(r"(?P<attention>.+)\.processor\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora_(?P<side>A|B)(\.\w+)?\.weight"),
+    # As MotionDirector has it (arXiv 2310.08465), which also tunes the layers between attentions.
+    re.compile(r"(?P<attention>.+)\.(?P<projection>to_out)\.processor\.0_lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<attention>.+\.ff\.net\.0)\.(processor\.)?(?P<projection>proj)_lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<attention>.+\.ff\.net)\.(processor\.)?(?P<projection>2)_lora\.(?P<side>down|up)\.weight"),
 )
 _DOWN = ("down", "A")
 
@@ -33,12 +37,14 @@ def fold_motion_lora(
     """Adds a motion LoRA to the weights of motion modules, in place: W + strength * up @ down.
 
     Args:
-        path: a .ckpt or .safetensors file, as released for AnimateDiff v2 or converted for diffusers.
+        path: a .ckpt or .safetensors file, as released for AnimateDiff v2 or converted for diffusers, which keeps it in
+            a folder of its own; or MotionDirector's temporal LoRA.
         report: is told in a line how many tensors found their place.
 
     Raises:
         UserError: another kind of file, a key without a place in these motion modules, or a LoRA without effect.
     """
+    path = _file_of(path)
     tensors = read_tensors(path)
     if not any("motion_modules." in name and "lora" in name for name in tensors):
         raise UserError(
@@ -54,6 +60,21 @@ def fold_motion_lora(
         weight = linears[name].weight
         weight += (strength * up_CR.float() @ down_RC.float()).to(weight.device, weight.dtype)
     report(f"motion LoRA {path}: matched {len(tensors)}/{len(tensors)}, strength {strength:g}")
+
+
+def _file_of(path: Path) -> Path:
+    """The file itself, or a folder's one file of weights. Raises UserError for a folder of none or of several."""
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    safe = [file for file in files if file.suffix.lower() == ".safetensors"] or files
+    if len(safe) != 1:
+        raise UserError(
+            f"{path} holds {len(safe)} files of weights",
+            allowed="a motion LoRA, or a folder with one file of weights",
+            do="name one of its files with --motion-lora" if safe else "name another --motion-lora",
+        )
+    return safe[0]
 
 
 def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -239,7 +239,7 @@ def _layers(resnets: Sequence[nn.Module], block: Any, motion_block: Any) -> Iter
 
 def _check_kind(unet: UNet2DConditionModel) -> None:
     """The walk repeats UNet2DConditionModel.forward for Stable Diffusion 1, 2 and XL, and for no other."""
-    unknown = ["class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn"]
+    unknown = ["class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn", "time_cond_proj_dim"]
     extra = [name for name in unknown if unet.config.get(name) is not None]
     extra += ["addition_embed_type"] if unet.config.get("addition_embed_type") not in (None, "text_time") else []
     extra += [name for name in ("center_input_sample", "num_class_embeds") if unet.config.get(name)]

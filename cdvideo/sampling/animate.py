@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from cdvideo.cli import config_from_flags, print_usage_footer
 from cdvideo.errors import UserError
 from cdvideo.media.ffmpeg import find_encoder
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.flags import animate_parser
-from cdvideo.sampling.sampler import described, settled
+from cdvideo.sampling.sampler import described, settled, untried
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,10 @@ def main(argv: Sequence[str]) -> None:
     start = time.perf_counter()
     args = animate_parser().parse_intermixed_args(argv)
     config = config_from_flags(AnimateConfig, args)
-    require_writable(config.out)
+    if config.scheduler != "auto":
+        settled(config, None)  # what is wrong whatever the motion modules are
+    _check_paths(config)
+    ensure_writable(config.out)
     if "png" in config.formats and not config.still:
         from cdvideo.media.export import require_frames_alone
 
@@ -59,13 +62,14 @@ def main(argv: Sequence[str]) -> None:
     for codec in config.codecs:
         find_encoder(codec)  # before an hour of sampling
 
-    from cdvideo.base.loader import HASHED_PARTS, load_base
+    from cdvideo.base.folder import HASHED_PARTS
+    from cdvideo.base.loader import load_base
     from cdvideo.base.memory import advise
-    from cdvideo.device import pick_device, pick_dtype
+    from cdvideo.device import pick_dtype, use_device
     from cdvideo.sampling.attention import attending
     from cdvideo.sampling.memory import film_cures, film_needs
 
-    device = pick_device(config.device)
+    device = use_device(config.device)
     dtype, resting = pick_dtype(config.dtype, device), HASHED_PARTS if config.offload else ()
     on_gpu = device.type == "cuda"
     advise(
@@ -85,6 +89,8 @@ def main(argv: Sequence[str]) -> None:
     of_picture = _for_picture(config)
     config = settled(config, made_for)
     _report(config)(described(config, made_for))
+    if told := untried(config):
+        logger.warning(told)
     if config.guidance == 1 and config.negative_prompt:
         logger.warning("the negative prompt is not read: guidance 1 asks for the prompt alone")
 
@@ -102,6 +108,24 @@ def main(argv: Sequence[str]) -> None:
                 print("wrote", *written)
     if not config.quiet:
         print_usage_footer(start)
+
+
+def _check_paths(config: AnimateConfig) -> None:
+    """Raises UserError for a path with a typo in it, before a base is fetched and loaded."""
+    motion = Path(config.motion).expanduser()
+    of_motion = [motion] if config.motion != "auto" and not config.still else []
+    named = [
+        *(("--concept", "concept file", path) for path, _ in config.concept_files),
+        *(("--motion", f"motion {'file' if motion.suffix else 'folder'}", path) for path in of_motion),
+        *(("--motion-lora", "motion LoRA", path) for path, _ in motion_loras(config.motion_lora)),
+    ]
+    for flag, what, path in named:
+        if not path.exists():
+            raise UserError(
+                f"there is no {what} {path}",
+                allowed="paths of what exists, from the folder in which you are",
+                do=f"correct the path of {flag}",
+            )
 
 
 def slug(prompt: str) -> str:
@@ -226,6 +250,7 @@ def _sample(
     _tell_windows(config, motion)
     start = _load_start(config, base)
     options: dict[str, Any] = {"start": start, "batch": config.batch, "progress": not config.quiet}
+    decoding: dict[str, Any] = {"chunk": config.decode_chunk, "winograd": config.film_settings.speed.winograd}
     latents = sample_latents(base, motion, films, config.film_settings, **options)
     exact: Iterator[Tensor] = iter(())
     if config.compare:
@@ -233,11 +258,9 @@ def _sample(
         exact = sample_latents(base, motion, films, settings, **options)
     for seed, latents_FCHW in zip(seeds, latents, strict=True):
         for exact_FCHW in itertools.islice(exact, 1):
-            frames, exact_frames = (
-                decode_frames(base, each, chunk=config.decode_chunk) for each in (latents_FCHW, exact_FCHW)
-            )
+            frames, exact_frames = (decode_frames(base, each, **decoding) for each in (latents_FCHW, exact_FCHW))
             print(f"seed {seed}, {config.speed} beside exact: {distance(frames, exact_frames)}")
-        yield seed, Spool(decode_stream(base, latents_FCHW, chunk=config.decode_chunk))
+        yield seed, Spool(decode_stream(base, latents_FCHW, **decoding))
 
 
 def _draw_still(config: AnimateConfig, base: Base, concept: Concept | None, seed: int) -> npt.NDArray[np.uint8]:

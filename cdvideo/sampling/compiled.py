@@ -15,11 +15,14 @@ from cdvideo.sampling.keyframes import Curve
 MOST_SHAPES = 64  # graphs kept at a time: one for each size, number of frames, of films and of copies
 
 
-def compiled(video_unet: VideoUNet, moves: Sequence[Curve], *, steady: bool) -> Callable[..., Tensor]:
+def compiled(
+    video_unet: VideoUNet, moves: Sequence[Curve], *, device: torch.device, steady: bool
+) -> Callable[..., Tensor]:
     """The UNet's call, compiled whole; a part that can not be traced is an error. Each new shape takes minutes.
 
     Args:
         moves: motion strength of each film.
+        device: where it will be at work; now it may still rest in RAM.
         steady: whether nothing is carried from call to call; on GPUs the call is then a CUDA graph.
 
     Raises:
@@ -32,8 +35,7 @@ def compiled(video_unet: VideoUNet, moves: Sequence[Curve], *, steady: bool) -> 
             allowed="motion modules of v2 and later, at strength 1",
             do="leave --compile out",
         )
-    on_gpu = next(video_unet.unet.parameters()).is_cuda
-    mode = "reduce-overhead" if on_gpu and steady else None
+    mode = "reduce-overhead" if device.type == "cuda" and steady else None
     call = torch.compile(video_unet.__call__, fullgraph=True, dynamic=False, mode=mode)
 
     def call_and_keep(*inputs: Any, **options: Any) -> Tensor:

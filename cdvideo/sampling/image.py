@@ -48,20 +48,21 @@ def sample_images(
         (height or base.resolution, width or base.resolution),
         guided_prompts(prompts, negative_prompt, guidance),
     )
-    compiled = compile_prompts(base, read, concept=concept, size=size)
+    with base.in_use:
+        compiled = compile_prompts(base, read, concept=concept, size=size)
 
     def predict(latents_BCHW: Tensor, timestep: Tensor, _step: int) -> Tensor:
         options = {"added_cond_kwargs": compiled.added, "return_dict": False}
         return base.unet(latents_BCHW.to(base.dtype), timestep, None, **options)[0].float()
 
-    with at_work(base.device, base.unet), tuned(base.unet, concept), reading(base.unet, compiled):
+    with base.in_use, at_work(base.device, base.unet), tuned(base.unet, concept), reading(base.unet, compiled):
         latents_BCHW = denoise(
             predict,
             noise_BCHW.to(base.device),
-            make_scheduler(base.scheduler_config, scheduler, seeds=seeds),
+            make_scheduler(base.scheduler_config, scheduler, seeds=seeds, steps=steps),
             steps=steps,
             guidance=guidance,
             progress=progress,
         )
-    with at_work(base.device, base.vae):
+    with base.in_use, at_work(base.device, base.vae):
         return decode_latents(base.vae, latents_BCHW, chunk=decode_chunk)

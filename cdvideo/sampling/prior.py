@@ -16,6 +16,7 @@ from cdvideo.runs import atomic_path
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import to_uint8
 
+STEPS, GUIDANCE = 20, 5.0  # fixed, so that pictures drawn before and after an interrupt are of one kind
 FIRST_SEED = 1_000_000  # far from the seeds by which concepts are looked at and measured
 
 
@@ -24,10 +25,11 @@ def prior_pictures(
 ) -> Mapping[str, list[Picture]]:
     """`preserve.prior_images` pictures of each class word, drawn once and kept: folder/<class word>/<number>.png.
 
-    DreamBooth (arXiv 2208.12242, section 3.3) draws them so. Prompts, steps and guidance are the concept's own.
+    DreamBooth (arXiv 2208.12242, section 3.3) draws them so, from the concept's own prompts. How its contact sheets are
+    drawn does not matter to them.
 
     Args:
-        folder: Of this base and these sampling settings alone; what lies there already is taken.
+        folder: Of this base alone; what lies there already is taken.
     """
     templates = training_prompts(config.data.style)
     found: dict[str, list[Picture]] = {}
@@ -41,8 +43,8 @@ def prior_pictures(
                     base,
                     [fill(templates[number % len(templates)], class_word)],
                     seeds=[FIRST_SEED + number],
-                    steps=config.sample.steps,
-                    guidance=config.sample.guidance,
+                    steps=STEPS,
+                    guidance=GUIDANCE,
                     width=config.resolution,
                     height=config.resolution,
                 )

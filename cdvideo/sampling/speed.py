@@ -1,12 +1,18 @@
 """What makes sampling fast, each with its switch, and the presets of `--speed` (imports no torch).
 
-The exact switches change the order of additions and nothing else. The approximate ones leave work out.
+The exact switches leave nothing out: what they change is the order of additions, and with it roundings. Winograd's
+convolutions are another sum of the same value, with five digits of float32's seven. The approximate ones leave work
+out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+
+from cdvideo.errors import UserError
+
+STOCHASTIC = ("lcm",)  # samplers that add fresh noise after a step: what was answered before it says nothing of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,8 @@ class Speed:
     upsampling: bool = True
     """Exact: enlarging by doubling pixels, then a 3x3 convolution, is four 2x2 convolutions of the small picture."""
     winograd: bool = True
-    """Exact: on CPUs in float32 3x3 convolutions from 96 channels on, the VAE's too, with a quarter of the products."""
+    """Exact but for two of seven digits: on CPUs in float32 3x3 convolutions from 96 channels on, the VAE's too, with a
+    quarter of the products (Winograd)."""
     halves: bool = True
     """Exact: on CPUs, from where the halves of guidance differ they are computed at once, each by half of the cores;
     with the shared prefix, and where no deep feature is kept."""
@@ -88,3 +95,13 @@ PRESETS: dict[str, Speed] = {
     "balanced": Speed(asked=(0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.52, 0.68, 0.88)),
     "fast": Speed(asked=(0, 0.04, 0.08, 0.16, 0.24, 0.36, 0.56, 0.84)),
 }
+
+
+def check_speed(speed: Speed, sampler: str) -> None:
+    """Raises UserError for approximations that carry answers over a step after which the sampler draws new noise."""
+    if sampler in STOCHASTIC and not speed.is_exact:
+        raise UserError(
+            f"a speed that forecasts or reuses answers, with the sampler {sampler}, which adds new noise at every step",
+            allowed=f"speed=exact with {sampler}; other speeds with ddim, dpm++ and euler",
+            do="leave --speed out: such a sampler takes few steps as it is",
+        )

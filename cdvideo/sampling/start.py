@@ -73,7 +73,7 @@ def encode_frames(base: Base, frames: Iterable[Frame], *, height: int, width: in
             pixels_BHWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
             yield encode_pixels(base.vae, pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1).float()
 
-    with at_work(base.device, base.vae):
+    with base.in_use, at_work(base.device, base.vae):
         parts = list(chunks())
     if not parts:
         raise UserError("a clip of 0 frames", allowed="at least 1 frame", do="give another clip")

@@ -32,7 +32,7 @@ from cdvideo.sampling.options import AS_TRAINED, DEFAULTS, Control, FilmSettings
 from cdvideo.sampling.prepared import TimeTable, prepared
 from cdvideo.sampling.prompt_kv import reading
 from cdvideo.sampling.prompt_track import compile_film, read_films
-from cdvideo.sampling.speed import EXACT, Speed
+from cdvideo.sampling.speed import EXACT, Speed, check_speed
 from cdvideo.sampling.windows import Window, blend_weights, window_size, windowed, windows_at
 from cdvideo.sampling.winograd import by_tiles
 
@@ -148,12 +148,18 @@ def sample_latents(
             within 1e-4 in float32 of those made alone).
 
     Raises:
-        UserError: as `sample_video`; and several concepts in one batch that change more than text, K and V.
+        UserError: as `sample_video`; several concepts in one batch that change more than text, K and V; or a speed that
+            is not exact with a sampler that adds noise at every step.
     """
+    check_speed(settings.speed, settings.scheduler)
     video_unet = VideoUNet(base.unet, motion)
     window = window_size(settings.frames, motion.max_frames, settings.windows)
     for index in range(0, len(films), batch):
-        yield from _sample_batch(base, video_unet, films[index : index + batch], settings, window, start, progress)
+        with base.in_use:
+            latents_BFCHW = _sample_batch(
+                base, video_unet, films[index : index + batch], settings, window, start, progress
+            )
+        yield from latents_BFCHW
 
 
 def _sample_batch(
@@ -170,7 +176,7 @@ def _sample_batch(
     shape = (frames, base.unet.config.in_channels, *latent_size(base, settings.width, settings.height))
     noise_BFCHW = film_noise(seeds, shape, settings.noise, window=window, stride=window - windows.overlap)
     noised = {**base.scheduler_config, **video_unet.motion.config.schedule}
-    scheduler = make_scheduler(noised, settings.scheduler, seeds=seeds)
+    scheduler = make_scheduler(noised, settings.scheduler, seeds=seeds, steps=settings.steps)
     scheduler.set_timesteps(settings.steps)
 
     with _window_model(base, video_unet, films, settings, scheduler.timesteps) as predict_at:
@@ -223,7 +229,9 @@ def _window_model(
     varies = any(each.varies for each in prompts)
     steady = read_films(prompts, guided=with_guidance, done=0.0, frames=range(1))
     deep: dict[tuple[Window, bool], DeepFeature] = {}
-    walk = compiled(video_unet, moves, steady=speed.deep_every == 1) if speed.compiled else video_unet
+    walk = (
+        compiled(video_unet, moves, device=base.device, steady=speed.deep_every == 1) if speed.compiled else video_unet
+    )
 
     def predict_at(shown: Window) -> Predict:
         def predict(latents_BFCHW: Tensor, timestep: Tensor, step: int) -> Tensor:
@@ -303,10 +311,13 @@ def decode_frames(
 def decode_stream(
     base: Base, latents_FCHW: Tensor, *, chunk: int = DECODE_CHUNK, winograd: bool = True
 ) -> Iterator[Frame]:
-    """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once."""
+    """frame_HWC after frame_HWC; no more than `chunk` of them are in memory at once.
+
+    From the first frame to the last the base is in use.
+    """
     if winograd and latents_FCHW.device.type == "cpu":  # where channels lie last, convolutions copy less
         latents_FCHW = latents_FCHW.to(memory_format=torch.channels_last)
-    with at_work(base.device, base.vae), by_tiles(base.vae) if winograd else nullcontext():
+    with base.in_use, at_work(base.device, base.vae), by_tiles(base.vae) if winograd else nullcontext():
         for part_FCHW in latents_FCHW.split(chunk):
             yield from to_uint8(decode_latents(base.vae, part_FCHW, chunk=chunk))
 

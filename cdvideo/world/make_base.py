@@ -12,12 +12,12 @@ from diffusers import AutoencoderKLWan, AutoencoderTiny, UNet2DConditionModel, W
 from torch import nn
 from transformers import CLIPTokenizer, UMT5EncoderModel
 
-from cdvideo.base.loader import load_text_encoder
+from cdvideo.base.folder import load_text_encoder
 from cdvideo.config import to_yaml
-from cdvideo.device import pick_device
+from cdvideo.device import use_device
 from cdvideo.errors import UserError
 from cdvideo.motion.files import load_motion
-from cdvideo.runs import atomic_path, require_writable
+from cdvideo.runs import atomic_path, ensure_writable
 from cdvideo.world.card import write_card
 from cdvideo.world.config import STAGES, WAN_STAGES, MakeBaseConfig
 from cdvideo.world.dataset import SPLITS, IllustratedWorld, Split, World, read_labels, render_split, rendered_with
@@ -75,8 +75,8 @@ def make_base(
     Raises:
         UserError: a stage needs what an earlier one has not made yet, or sprites are missing.
     """
-    require_writable(config.out)
-    device = pick_device(config.device)
+    ensure_writable(config.out)
+    device = use_device(config.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     (config.out / "config.yaml").write_text(to_yaml(config))

@@ -1,16 +1,19 @@
 """The world's pictures: which ones, where they come from, and loading them.
 
-They are fetched once, when a base is built, through the npm and Debian clients, and cut to small PNG files in a folder.
+They are fetched once, when a base is built, through the npm and Debian clients, in releases that are fixed, and cut to
+small PNG files in a folder.
 Two artists drew them: `fluent` (Fluent Emoji, MIT) and `noto` (Noto Color Emoji, OFL-1.1). See NOTICE.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +25,26 @@ from cdvideo.errors import UserError
 from cdvideo.world.palette import dominant_colour, fur_mask
 
 ARTISTS = ("fluent", "noto")
-FLUENT_PACKAGE = "@lobehub/fluent-emoji-3d"
-NOTO_PACKAGE = "fonts-noto-color-emoji"
-WORDS_PACKAGE = "emojibase-data"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A release of somebody's work, whose bytes are known: another one would draw another world."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+FLUENT_PACKAGE = Package(
+    "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+)
+WORDS_PACKAGE = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
+NOTO_PACKAGE = Package(
+    "fonts-noto-color-emoji",
+    "2.042-0+deb12u1",
+    "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+)
 LONGEST_SIDE = 128  # pixels of a stored sprite; a head is drawn at about 110, then halved
 
 
@@ -162,9 +182,34 @@ def _trim(picture: Image.Image) -> Image.Image:
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
 
 
-def _npm_pack(package: str, work: Path) -> tarfile.TarFile:
-    listing = subprocess.run(["npm", "pack", "--json", package], cwd=work, check=True, capture_output=True, text=True)
-    return tarfile.open(work / json.loads(listing.stdout)[0]["filename"])
+def check_package(file: Path, package: Package) -> Path:
+    """The file of a package, if it is the one that is meant. Raises UserError for other bytes."""
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise UserError(
+            f"{package.name} {package.version} has other bytes than the world was drawn with (SHA-256 {found})",
+            allowed=f"the release whose SHA-256 is {package.sha256}",
+            do="get that release from an archive, or write the new hash into cdvideo/world/sprites.py: another world",
+        )
+    return file
+
+
+def _fetch(command: Sequence[str], package: Package, work: Path) -> str:
+    """What the client prints. Raises UserError where there is no such client, or it has no such release."""
+    try:
+        return subprocess.run(command, cwd=work, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = (getattr(error, "stderr", "") or str(error)).strip()
+        raise UserError(
+            f"{package.name} {package.version} can not be fetched ({told.splitlines()[-1]})",
+            allowed=f"a machine with {command[0]}, whose sources have that release",
+            do="run it where they do, or copy the folder of sprites from a machine that has it",
+        ) from error
+
+
+def _npm_pack(package: Package, work: Path) -> tarfile.TarFile:
+    listing = _fetch(["npm", "pack", "--json", f"{package.name}@{package.version}"], package, work)
+    return tarfile.open(check_package(work / json.loads(listing)[0]["filename"], package))
 
 
 def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -181,8 +226,9 @@ def _write_fluent(work: Path, folder: Path, codes: dict[str, str]) -> None:
 
 
 def _write_noto(work: Path, folder: Path, codes: dict[str, str]) -> None:
-    subprocess.run(["apt-get", "download", NOTO_PACKAGE], cwd=work, check=True, capture_output=True)
-    subprocess.run(["dpkg", "-x", next(work.glob("*.deb")), "noto"], cwd=work, check=True)
+    _fetch(["apt-get", "download", f"{NOTO_PACKAGE.name}={NOTO_PACKAGE.version}"], NOTO_PACKAGE, work)
+    file = check_package(next(work.glob("*.deb")), NOTO_PACKAGE)
+    subprocess.run(["dpkg", "-x", file, "noto"], cwd=work, check=True)
     font = ImageFont.truetype(next(work.glob("noto/**/NotoColorEmoji.ttf")), 109)  # the font's only bitmap size
     for name, code in codes.items():
         if name in SUBJECT_DRAWINGS and SUBJECT_DRAWINGS[name].noto is None:

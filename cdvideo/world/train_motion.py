@@ -10,8 +10,9 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTokenizer
 
+from cdvideo.base.folder import load_text_encoder
 from cdvideo.base.latents import decode_latents
-from cdvideo.base.loader import load_text_encoder, weights_hash
+from cdvideo.base.loader import weights_hash
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.motion.files import load_motion, save_motion
 from cdvideo.motion.modules import MotionModules

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cdvideo.base.loader import load_text_encoder
+from cdvideo.base.folder import load_text_encoder
 from cdvideo.world.config import MakeBaseConfig, TextConfig
 from cdvideo.world.dataset import read_labels
 from cdvideo.world.muon import make_optimizers

@@ -9,8 +9,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTokenizer
 
+from cdvideo.base.folder import load_text_encoder
 from cdvideo.base.latents import decode_latents
-from cdvideo.base.loader import load_text_encoder
 from cdvideo.base.schedule import add_noise, make_scheduler, training_target
 from cdvideo.world.config import MakeBaseConfig
 from cdvideo.world.denoising import (

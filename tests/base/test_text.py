@@ -40,6 +40,7 @@ def test_a_concept_token_takes_its_rows(tiny_tokenizer: CLIPTokenizer) -> None:
         ("Sks, sks.", ["sks", "sks"]),
         ("a <new1> dog with sks", ["<new1>", "sks"]),
         ("my_sks", []),
+        ("a \u017fks dog", ["sks"]),  # a long s, which lower() leaves as it is
     ],
 )
 def test_tokens_are_found_as_whole_words(prompt: str, found: list[str]) -> None:
@@ -119,3 +120,8 @@ def test_vocabulary_words(tiny_tokenizer: CLIPTokenizer) -> None:
     assert is_vocabulary_word(tiny_tokenizer, "dog") and is_vocabulary_word(tiny_tokenizer, " Dog ")
     assert not is_vocabulary_word(tiny_tokenizer, "sks")
     assert not is_vocabulary_word(tiny_tokenizer, "stuffed animal")
+
+
+def test_a_long_s_takes_the_token_s_rows(tiny_tokenizer: CLIPTokenizer) -> None:
+    odd, plain = (tokenize(tiny_tokenizer, [f"a {token} dog"], tokens={"sks": 2}) for token in ("\u017fks", "sks"))
+    assert odd.slots == plain.slots and torch.equal(odd.ids_BL, plain.ids_BL)

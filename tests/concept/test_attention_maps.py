@@ -121,3 +121,14 @@ def test_maps_of_pictures_that_are_not_square(tiny_base: Base) -> None:
     latents_NCHW = torch.randn(1, 4, 8, 16)
     maps = attention_maps(tiny_base, None, "a dog", latents_NCHW, [500], torch.Generator())
     assert [tuple(m.shape) for m in maps["dog"].values()] == [(1, 8, 16), (1, 4, 8)]
+
+
+def test_scores_beyond_half_precision_are_numbers(tiny_base: Base) -> None:
+    """float16 ends at 65,504."""
+    base = tiny_base.to(torch.device("cpu"), torch.float16)
+    with torch.no_grad():
+        for name, parameter in base.unet.named_parameters():
+            if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
+                parameter *= 300
+    maps = maps_of(base, None)
+    assert all(map_NHW.isfinite().all() for by_height in maps.values() for map_NHW in by_height.values())

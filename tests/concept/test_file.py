@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,46 @@ def test_the_newest_concept_whose_token_is_in_the_prompt_is_found(
     assert find_concept("a zzz dog", tmp_path, base_hash="another") is None and "other weights" not in caplog.text
     assert find_concept("a sks dog", tmp_path, base_hash="another") is None
     assert "old/concept.safetensors, learned on a base with other weights" in caplog.text
+
+
+def with_header(concept: Concept, path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.clone() for name, tensor in concept.weights.items()}, path, metadata={"concept": text})
+    return path
+
+
+def header_of(concept: Concept, **changes: object) -> str:
+    return json.dumps({**dataclasses.asdict(concept.metadata), **changes})
+
+
+HEADERS: dict[str, Any] = {
+    "no JSON": lambda concept: "{sks",
+    "a list": lambda concept: "[1, 2]",
+    "a number": lambda concept: "3",
+    "too deep": lambda concept: "[" * 100_000,
+    "class words in a list": lambda concept: header_of(concept, class_words=["sks"]),
+    "a number for a class word": lambda concept: header_of(concept, class_words={"sks": 3}),
+    "text for steps": lambda concept: header_of(concept, steps="many"),
+    "no settings": lambda concept: header_of(concept, adapter_settings=None),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_is_none_is_told_and_passed_over(
+    tmp_path: Path, concept: Concept, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One such file among the runs must not stop every film."""
+    monkeypatch.setattr(concept_file, "SAMPLE_CONCEPT", tmp_path / "none.safetensors")
+    good = tmp_path / "good" / "concept.safetensors"
+    save_concept(concept, good)
+    os.utime(good, (0, 0))
+    bad = with_header(concept, tmp_path / "bad" / "concept.safetensors", HEADERS[kind](concept))
+    with pytest.raises(UserError, match=r"bad/concept\.safetensors"):
+        load_concept(bad)
+    assert find_concept("a sks dog", tmp_path, base_hash=concept.metadata.base_hash) == good
+    assert "passed over" in caplog.text and "bad/concept.safetensors" in caplog.text
+
+
+def test_whole_numbers_are_numbers_too(tmp_path: Path, concept: Concept) -> None:
+    path = with_header(concept, tmp_path / "a.safetensors", header_of(concept, lr=1, adapter_settings={"rank": 4}))
+    assert read_metadata(path).lr == 1

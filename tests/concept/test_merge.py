@@ -138,3 +138,19 @@ def test_a_weight_multiplies_the_change(tiny_base: Base, config: ConceptConfig, 
     assert weighted(tiny_base, concept, 1.0) is concept
     with pytest.raises(UserError, match="token alone"):
         weighted(tiny_base, learned(tiny_base, config, "sks", kind="token"), 0.5)
+
+
+def test_a_merged_concept_claims_no_training_of_its_own(tiny_base: Base, config: ConceptConfig) -> None:
+    one, other = learned(tiny_base, config, "sks"), learned(tiny_base, config, "rex")
+    one = dataclasses.replace(one, metadata=dataclasses.replace(one.metadata, seed=7, base_hash="0" * 16))
+    found = merge_concepts(tiny_base, [one, other]).metadata
+    assert (found.steps, found.lr, found.token_lr, found.seed, found.loss_weights, found.initialiser) == (
+        0,
+        0,
+        0,
+        0,
+        {},
+        "",
+    )
+    assert (found.base_hash, found.base_name) == (tiny_base.hash, tiny_base.path.name)
+    assert found.class_words == {"sks": "dog", "rex": "dog"}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
@@ -106,19 +107,26 @@ def test_the_released_variant_pools_at_the_token_without_its_position(tiny_base:
 def test_forms_and_margins_choose_the_loss(tiny_base: Base, config: ConceptConfig) -> None:
     rows = {"sks": torch.randn(1, 32)}
 
-    def loss(**settings: Any) -> float:
+    def preservation(**settings: Any) -> SemanticPreservation:
         semantic = dataclasses.replace(config.semantic, **settings)
-        return SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=semantic))(rows, generator()).item()
+        return SemanticPreservation(tiny_base, dataclasses.replace(config, semantic=semantic))
 
-    features_UD = SemanticPreservation(tiny_base, config).class_features["sks"]
-    drawn = torch.randperm(len(features_UD), generator=generator())[:4]
-    templates = SemanticPreservation(tiny_base, config).templates
-    concept_TD = phrase_features(tiny_base, [fill(templates[t], "sks dog") for t in drawn], rows)
+    def loss(**settings: Any) -> float:
+        return preservation(**settings)(rows, generator()).item()
+
+    def draw(**settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The concept's features of the phrases drawn, the class's of all, and which were drawn."""
+        form = preservation(**settings)
+        drawn = torch.randperm(len(form.templates), generator=generator())[:4]
+        features_TD = phrase_features(tiny_base, [fill(form.templates[t], "sks dog") for t in drawn], rows)
+        return features_TD, form.class_features["sks"], drawn
+
+    concept_TD, features_UD, drawn = draw()
     assert loss() == pytest.approx(semantic_preservation_loss(concept_TD, features_UD[drawn]).item())
     assert loss(margin=0.05) == pytest.approx(
         semantic_preservation_loss(concept_TD, features_UD[drawn], margin=0.05).item()
     )
-    assert loss(form="relation") == pytest.approx(semantic_relation_loss(concept_TD, features_UD, drawn).item())
+    assert loss(form="relation") == pytest.approx(semantic_relation_loss(*draw(form="relation")).item())
     assert len({loss(), loss(margin=0.05), loss(form="relation"), loss(form="relation", margin=0.01)}) == 4
 
 
@@ -134,3 +142,12 @@ def test_several_subjects_share_the_loss(tiny_base: Base, config: ConceptConfig,
     dog_loss, cat_loss, loss = (SemanticPreservation(tiny_base, c)(rows, generator()) for c in (dog, cat, both))
     torch.testing.assert_close(loss, (dog_loss + cat_loss) / 2)
     assert not torch.allclose(dog_loss, cat_loss)
+
+
+def test_no_phrase_is_drawn_twice(tiny_base: Base, config: ConceptConfig) -> None:
+    """In the relation it would be told apart from itself."""
+    config = dataclasses.replace(config, semantic=dataclasses.replace(config.semantic, form="relation"))
+    for style in ("picture", "photo"):
+        styled = dataclasses.replace(config, data=dataclasses.replace(config.data, style=style))
+        templates = SemanticPreservation(tiny_base, styled).templates
+        assert len(set(templates)) == len(templates)

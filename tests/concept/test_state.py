@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import threading
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from cdvideo.base.mapped import mapped_files
+from cdvideo.concept.drift_file import ConceptDrift, DriftRecord, load_drift, save_drift
 from cdvideo.concept.state import TrainState, deferred_interrupt
 from cdvideo.errors import UserError
 
@@ -94,3 +98,60 @@ def test_other_threads_can_train_too() -> None:
     thread.start()
     thread.join()
     assert entered == [False]
+
+
+def mapped_names() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+@pytest.fixture
+def strict_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows: no file is replaced while it is mapped."""
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        assert str(target) not in mapped_names(), f"{target} is mapped (error 1224)"
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+linux = pytest.mark.skipif(not mapped_files(), reason="tells what is mapped on Linux alone")
+
+
+@linux
+@pytest.mark.usefixtures("strict_replace")
+def test_a_resumed_state_can_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    first = make_state({"lr": "0.1"}, side=64)
+    advance(first, 2)
+    first.save(path, 2)
+    resumed = make_state({"lr": "0.1"}, side=64)
+    resumed.load(path)
+    assert str(path) not in mapped_names()
+    advance(resumed, 1)
+    advance(first, 1)
+    resumed.save(path, 3)
+    for ours, theirs in zip(resumed.parameters.values(), first.parameters.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@linux
+@pytest.mark.usefixtures("strict_replace")
+def test_a_record_of_drift_can_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "drift.safetensors"
+    parts = {"class_TD": torch.randn(9, 64), "class_mass_WR": torch.randn(3, 2), "concept_TD": torch.randn(9, 64)}
+    lists = {"path": [torch.randn(64)], "mass": [torch.randn(3, 2)], "maps": [torch.randn(3, 8, 8)]}
+    drift = ConceptDrift("dog", ("a", "sks", "dog"), (8, 4), **parts, **lists)
+    save_drift(DriftRecord([0], [0], {"sks": drift}), path)
+    found = load_drift(path)
+    assert str(path) not in mapped_names()
+    save_drift(found, path)
+    assert torch.equal(load_drift(path).concepts["sks"].class_TD, parts["class_TD"])
+
+
+@pytest.mark.parametrize("metadata", [None, {"state": "{"}, {"state": "[]"}, {"state": "{}"}, {"other": "x"}])
+def test_a_state_without_its_header_is_told(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    save_file({"parameter.weight": torch.ones(1)}, tmp_path / "state.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match="a whole state"):
+        make_state({}).load(tmp_path / "state.safetensors")

@@ -17,6 +17,7 @@ from cdvideo.concept.adapters import tuned
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
+from cdvideo.sampling.prior import prior_pictures
 from tests.concept.parts import changed, fixed_loss, train_with
 
 
@@ -138,3 +139,35 @@ def test_prior_pictures_keep_what_the_class_looks_like(
         return fixed_loss(tiny_base, others, config, concept, prompt="a picture of a dog")
 
     assert class_loss(3.0) < 0.95 * class_loss(0.0)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_checkpointing_is_left_as_it_was(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, before: bool
+) -> None:
+    """Also where the training fails."""
+    if before:
+        tiny_base.unet.enable_gradient_checkpointing()
+    seen: list[bool] = []
+    hook = tiny_base.unet.register_forward_pre_hook(lambda *_: seen.append(tiny_base.unet.is_gradient_checkpointing))
+    config = changed(dataclasses.replace(config, steps=1), optim={"gradient_checkpointing": True})
+    train_with(tiny_base, pictures, config, tmp_path)
+    hook.remove()
+    assert any(seen) and tiny_base.unet.is_gradient_checkpointing is before
+    hopeless = changed(dataclasses.replace(config, steps=3), optim={"gradient_checkpointing": True, "token_lr": 1e30})
+    with pytest.raises(UserError, match="diverged"):
+        train_with(tiny_base, pictures, hopeless, tmp_path / "again")
+    assert tiny_base.unet.is_gradient_checkpointing is before
+
+
+def test_prior_pictures_do_not_depend_on_the_contact_sheets(
+    tiny_base: Base, config: ConceptConfig, tmp_path: Path
+) -> None:
+    """Whose settings may change when a run is resumed, between one picture and the next."""
+    config = changed(config, preserve={"prior_weight": 1.0, "prior_images": 2})
+    whole = prior_pictures(tiny_base, config, tmp_path / "whole", quiet=True)
+    prior_pictures(tiny_base, changed(config, preserve={"prior_images": 1}), tmp_path / "half", quiet=True)
+    other = changed(config, sample={"steps": 3, "guidance": 9.0})
+    half = prior_pictures(tiny_base, other, tmp_path / "half", quiet=True)
+    for one, two in zip(whole["dog"], half["dog"], strict=True):
+        assert one.image.tobytes() == two.image.tobytes()

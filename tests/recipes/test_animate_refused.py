@@ -148,3 +148,26 @@ def test_a_codec_without_encoder_is_told_before_anything_is_loaded(
     assert call(base_folder, "--codec", "av1") == 2
     assert "codec av1: imageio's ffmpeg has no encoder for it" in capsys.readouterr().err
     assert call(base_folder, "--format", "webm") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--concept", "absent.safetensors"], "there is no concept file absent.safetensors"),
+        (["--motion", "missing.ckpt"], "there is no motion file missing.ckpt"),
+        (["--motion", "absent"], "there is no motion folder absent"),
+        (["--motion-lora", "zoom.ckpt:0.5"], "there is no motion LoRA zoom.ckpt"),
+        (["--init-video", "clip.mp4"], "start.video=clip.mp4: no such file"),
+        (["--scheduler", "lcm", "--speed", "fast"], "the sampler lcm, which adds new noise"),
+    ],
+)
+def test_a_typo_is_told_before_the_base_is_looked_for(
+    workplace: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(workplace / "no-such-base", *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_untried_preset_is_told(base_folder: Path, workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert call(base_folder, "--concept", "none", "--speed", "balanced", "--guidance", "8") == 0
+    assert "--speed balanced was chosen at 25 steps of ddim and guidance 5, not at guidance 8" in caplog.text

@@ -15,6 +15,8 @@ from cdvideo.base.loader import Base
 from cdvideo.concept.concept import Concept
 from cdvideo.errors import UserError
 from cdvideo.motion.modules import MotionModules
+from cdvideo.motion.video_unet import VideoUNet
+from cdvideo.sampling.compiled import compiled
 from cdvideo.sampling.options import Control, FilmSettings, Windows
 from cdvideo.sampling.speed import EXACT, Speed
 from cdvideo.sampling.video import Film, sample_latents
@@ -104,3 +106,20 @@ def test_what_comes_and_goes_within_a_film_is_refused(tiny_base: Base, tiny_moti
     joint = MotionModules.for_unet(tiny_base.unet, motion_num_attention_heads=2, joint_image_norms=True).eval()
     with pytest.raises(UserError, match="AnimateDiff v1 with --compile"):
         latents(tiny_base, joint, Film(prompt="a dog", seed=1), settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "steady", "mode"), [("cuda", True, "reduce-overhead"), ("cuda", False, None), ("cpu", True, None)]
+)
+def test_a_graph_of_the_gpu_is_made_for_a_model_that_still_rests_in_ram(
+    tiny_base: Base,
+    tiny_motion: MotionModules,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    steady: bool,
+    mode: str | None,
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda _call, **options: asked.append(options["mode"]))
+    compiled(VideoUNet(tiny_base.unet, tiny_motion), [], device=torch.device(device), steady=steady)
+    assert asked == [mode]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cdvideo.base.loader import HASHED_PARTS, Base, load_base
+from cdvideo.base.folder import HASHED_PARTS
+from cdvideo.base.loader import Base, load_base
 from cdvideo.base.offload import at_work
 from cdvideo.concept.concept import Concept
 from cdvideo.motion.modules import MotionModules

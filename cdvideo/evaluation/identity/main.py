@@ -8,7 +8,7 @@ from pathlib import Path
 from cdvideo.cli import add_common_flags, config_from_flags
 from cdvideo.errors import UserError
 from cdvideo.evaluation.identity.config import IdentityConfig
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 
 def identity_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
@@ -28,17 +28,17 @@ def train_identity_command(args: Namespace) -> None:
         raise UserError(f"--minutes {args.minutes}", allowed="a number above 0", do="give the training some time")
     if config.vae is not None and not (config.vae / "config.json").is_file():
         raise UserError(f"no VAE in {config.vae}", allowed="a folder with config.json", do="correct --vae")
-    require_writable(config.out)
+    ensure_writable(config.out)
 
     import torch
 
-    from cdvideo.device import pick_device
+    from cdvideo.device import use_device
     from cdvideo.evaluation.identity.card import KINDS, PARTS
     from cdvideo.evaluation.identity.data import render
     from cdvideo.evaluation.identity.training import train_identity
     from cdvideo.world.training import Limits
 
-    device = pick_device(config.device)
+    device = use_device(config.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     render(config, args.sprites)

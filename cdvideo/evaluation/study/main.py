@@ -9,7 +9,7 @@ from pathlib import Path
 from cdvideo.cli import add_common_flags, config_from_flags
 from cdvideo.errors import UserError
 from cdvideo.evaluation.study.config import StudyConfig
-from cdvideo.runs import require_writable
+from cdvideo.runs import ensure_writable
 
 
 def study_parser(commands: _SubParsersAction[ArgumentParser]) -> ArgumentParser:
@@ -39,8 +39,8 @@ def study_command(args: Namespace) -> None:
     args.overrides = [text for text in args.overrides if "=" in text]
     args.config = files[0] if files else args.config
     config = config_from_flags(StudyConfig, args)
-    require_writable(config.out)
-    require_writable(config.cache)
+    ensure_writable(config.out)
+    ensure_writable(config.cache)
     if importlib.util.find_spec("cv2") is None and config.films.methods:
         raise UserError(
             "OpenCV is not installed, and films are measured by optical flow",

@@ -22,7 +22,7 @@ from cdvideo.concept.config import CONCEPT_FILE, ConceptConfig
 from cdvideo.concept.file import load_concept
 from cdvideo.concept.trainer import train_concept
 from cdvideo.config import to_yaml
-from cdvideo.device import pick_device, pick_dtype
+from cdvideo.device import pick_dtype, use_device
 from cdvideo.errors import UserError
 from cdvideo.evaluation.bench import fit
 from cdvideo.evaluation.drawing import Pictures
@@ -36,8 +36,8 @@ from cdvideo.media.images import Picture
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, open_run
+from cdvideo.sampling import prior
 from cdvideo.sampling.image import sample_images
-from cdvideo.sampling.prior import prior_pictures
 from cdvideo.sampling.video import sample_video, to_uint8
 from cdvideo.world.samples import heldout_individual, sample_scenes
 from cdvideo.world.scenes import Scene, compose, render_clip, render_scene
@@ -78,7 +78,7 @@ class Piece:
 
 def open_study(config: StudyConfig) -> StudyBench:
     """Loads all that is needed, so that what is missing is told before anything is trained."""
-    device = pick_device(config.device)
+    device = use_device(config.device)
     instruments = load_instruments(config, device)
     sprites = load_sprites(config.sprites)
     base = load_base(config.base, device=device, dtype=pick_dtype(config.dtype, device))
@@ -157,8 +157,8 @@ def train(bench: StudyBench, piece: Piece) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    prior = class_pictures(bench, config) if config.preserve.prior_weight else None
-    options: dict[str, Any] = {"prior": prior, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
+    of_class = class_pictures(bench, config) if config.preserve.prior_weight else None
+    options: dict[str, Any] = {"prior": of_class, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
     with open_run(folder) as run:
         run.write_text("config.yaml", to_yaml(config))
         train_concept(bench.trainee, pictures, config, run, **options)
@@ -168,10 +168,10 @@ def train(bench: StudyBench, piece: Piece) -> Path:
 
 def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, list[Picture]]:
     """What the base itself draws of the class, for prior preservation; drawn where it is not there yet."""
-    sample = f"{config.data.style}-{config.sample.steps}-{config.sample.guidance:g}"
+    sample = f"{config.data.style}-{prior.STEPS}-{prior.GUIDANCE:g}"
     side = "" if config.resolution is None else f"-{config.resolution}"
     folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}{side}"
-    return prior_pictures(bench.trainee, config, folder, quiet=True)
+    return prior.prior_pictures(bench.trainee, config, folder, quiet=True)
 
 
 def draw(bench: StudyBench, piece: Piece) -> Path:
