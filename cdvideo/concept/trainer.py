@@ -227,8 +227,12 @@ def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, qu
 
 
 def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: bool) -> list[LatentCache]:
-    """The base's own pictures of each class, as they are: what they teach the base, it knows already."""
-    plain = DataConfig(style=config.data.style, variants=1)
+    """The base's own pictures of each class, as they are and whole: what they teach the base, it knows already.
+
+    Whatever `data.focus` says of the concept's pictures: DreamBooth (arXiv 2208.12242, eq. 2) and Custom Diffusion
+    preserve all that the base draws of the class, what stands around it too.
+    """
+    plain = DataConfig(style=config.data.style, variants=1, focus="picture")
     missing = set(config.class_words.values()) - prior.keys()
     if missing:
         raise UserError(
