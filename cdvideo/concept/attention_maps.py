@@ -124,8 +124,9 @@ class _RecordingCrossAttention:
                 attn.to_v(encoder_hidden_states),
             )
         )
-        scores_BNQL = (query_BNQE * attn.scale) @ keys_BNLE.transpose(2, 3)
-        shares_BNQL = scores_BNQL.float().softmax(dim=-1)
+        # In fp16 scores may exceed its largest number, and what is measured would be no number at all.
+        scores_BNQL = (query_BNQE.float() * attn.scale) @ keys_BNLE.float().transpose(2, 3)
+        shares_BNQL = scores_BNQL.softmax(dim=-1)
         self.seen.append(shares_BNQL.mean(dim=1) @ self.member_LW)
         read_BQC = (shares_BNQL.to(values_BNLE) @ values_BNLE).transpose(1, 2).flatten(2)
         return attn.to_out[0](read_BQC)

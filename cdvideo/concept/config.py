@@ -39,7 +39,8 @@ class DataConfig:
     focus: Literal["picture", "subject"] = "subject"
     """Where the loss counts: on the whole picture, as in the papers, or only where the base itself sees the class, so
     that what stands around the thing is not learned as a part of it. Asks the base once, before training; no masks
-    are needed."""
+    are needed. masks.png in the run's folder shows what it saw; a picture in which that is nearly nothing or nearly all
+    is learned whole, with a warning."""
 
     def __post_init__(self) -> None:
         check(

@@ -33,6 +33,8 @@ class SemanticPreservation:
         self.templates = (*training_prompts(config.data.style), *SEMANTIC_PHRASES)
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
+        if config.semantic.form == "relation":  # a phrase has no relation to itself
+            self.templates = tuple(dict.fromkeys(self.templates))
         with torch.no_grad():
             self.class_features = {
                 token: phrase_features(base, [fill(t, class_word) for t in self.templates])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -29,13 +30,16 @@ from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norms, initial_rows
 from cdvideo.concept.losses import background_loss, denoising_loss, output_preservation_loss
-from cdvideo.concept.optimizer import check_optimizer, make_optimizer
+from cdvideo.concept.masks import MASKS_FILE, mask_sheet
+from cdvideo.concept.optimizer import check_optimizer, checkpointing, make_optimizer
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
 from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture, contact_sheet
 from cdvideo.runs import Run, atomic_path
+
+logger = logging.getLogger(__name__)
 
 Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
 Pictures: TypeAlias = Mapping[str, Sequence[Picture]]
@@ -54,7 +58,7 @@ def train_concept(
     resume: bool = False,
     quiet: bool = False,
 ) -> Concept:
-    """Learns a concept from its pictures, and writes its file, metrics, drift and contact sheets into the run.
+    """Learns a concept from its pictures, and writes its file, metrics, drift, masks and contact sheets into the run.
 
     Args:
         base: Frozen; bit-equal afterwards.
@@ -83,13 +87,13 @@ def train_concept(
     concept = new_concept(base, config, adapter)
     scheduler = make_scheduler(base.scheduler_config)
     caches = _cache_subjects(base, pictures, config, quiet=quiet)
+    if config.data.focus == "subject":
+        _show_masks(pictures, caches, config, run, quiet=quiet)
     prior_caches = _cache_prior(base, prior or {}, config, quiet=quiet) if preserve.prior_weight else []
     semantic_preservation = SemanticPreservation(base, config)
     plain = slice(None, None, config.data.variants)  # each picture as it is
     latents = {token: cache.latents_NCHW[plain] for token, cache in zip(config.class_words, caches, strict=True)}
     drift = DriftMeter(base, config.class_words, latents, steps=config.steps)
-    if optim.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
 
     weights, rows = [*adapter.weights.values()], [*concept.tokens.values()] if config.adapter.train_rows else []
     optimizer = make_optimizer(weights, rows, optim)
@@ -105,7 +109,7 @@ def train_concept(
         return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text.hidden_BLD, added_cond_kwargs=added).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
-    with deferred_interrupt() as interrupted, bar:
+    with checkpointing(base.unet, optim.gradient_checkpointing), deferred_interrupt() as interrupted, bar:
         if start == 0:
             run.log({"step": 0, **_drift_metrics(base, adapter, concept, drift, step=0)})
             _draw(sample, concept, config, run, step=0)
@@ -220,10 +224,27 @@ def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, qu
             class_phrase=config.class_words[token],
             seed=config.seed,
             resolution=config.resolution,
+            at_once=config.optim.batch_size,
             quiet=quiet,
         )
         for token, phrase in config.phrases.items()
     ]
+
+
+def _show_masks(
+    pictures: Pictures, caches: Sequence[LatentCache], config: ConceptConfig, run: Run, *, quiet: bool
+) -> None:
+    """Draws masks.png, each picture beside what will be learned of it, and tells the shares."""
+    masks_N1HW = torch.cat([cache.masks_N1HW[:: config.data.variants] for cache in caches])  # of pictures as they are
+    shown = [picture for token in config.phrases for picture in pictures[token]]
+    sheet = mask_sheet(
+        shown, masks_N1HW, title=f"what is learned of each picture of {', '.join(config.phrases.values())}"
+    )
+    with atomic_path(run.folder / MASKS_FILE) as part:
+        sheet.save(part)
+    shares = ", ".join(f"{p.name} {mask.mean():.0%}" for p, mask in zip(shown, masks_N1HW, strict=True))
+    report = logger.info if quiet else tqdm.write
+    report(f"learned of each picture, see {run.folder / MASKS_FILE}: {shares}")
 
 
 def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: bool) -> list[LatentCache]:

@@ -14,6 +14,7 @@ from cdvideo.base.memory import Needs, metered, weight_bytes
 from cdvideo.base.prompts import encode_prompts, picture_sizes, text_widths
 from cdvideo.concept.adapters import make_adapter
 from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.optimizer import checkpointing
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
@@ -57,8 +58,7 @@ def _folded_bytes(base: Base, config: ConceptConfig) -> int:
 def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, int]:
     """Bytes of what is learned with the optimizer's state, and the most at once in a step of the trainer."""
     optim, preserve = config.optim, config.preserve
-    _set_checkpointing(base, optim.gradient_checkpointing)
-    with metered() as meter:
+    with checkpointing(base.unet, optim.gradient_checkpointing), metered() as meter:
         adapter = make_adapter(base.unet, config.adapter, seed=0)
         width = sum(text_widths(base))
         rows = {token: torch.zeros(config.adapter.num_rows, width, device=base.device) for token in config.phrases}
@@ -94,13 +94,6 @@ def _step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], gradients
         weight.grad = gradient
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _set_checkpointing(base: Base, enabled: bool) -> None:
-    if enabled:
-        base.unet.enable_gradient_checkpointing()
-    else:
-        base.unet.disable_gradient_checkpointing()
 
 
 def _predict(base: Base, config: ConceptConfig, rows: Mapping[str, Tensor], pictures: int, side: int) -> Tensor:

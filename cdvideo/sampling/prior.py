@@ -17,18 +17,20 @@ from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import to_uint8
 
 FIRST_SEED = 1_000_000  # far from the seeds by which concepts are looked at and measured
+STEPS, GUIDANCE = 20, 5.0  # no settings: a run that is resumed goes on with the pictures that it began with
 
 
 def prior_pictures(
     base: Base, config: ConceptConfig, folder: Path, *, quiet: bool = False
 ) -> Mapping[str, list[Picture]]:
-    """`preserve.prior_images` pictures of each class word, drawn once and kept: folder/<class word>/<number>.png.
+    """`preserve.prior_images` pictures of each class word, drawn once and kept.
 
-    DreamBooth (arXiv 2208.12242, section 3.3) draws them so. Prompts, steps and guidance are the concept's own.
-
-    Args:
-        folder: Of this base and these sampling settings alone; what lies there already is taken.
+    DreamBooth (arXiv 2208.12242, section 3.3) draws them so. They lie in folder/<what determines them>/<class word>;
+    those that are there already are taken, and with another base, precision, style or resolution none of them is.
     """
+    side = config.resolution or base.resolution
+    precision = str(base.dtype).removeprefix("torch.")
+    folder = folder / f"{config.data.style}-{side}-{base.hash}-{precision}"
     templates = training_prompts(config.data.style)
     found: dict[str, list[Picture]] = {}
     for class_word in dict.fromkeys(config.class_words.values()):
@@ -41,8 +43,8 @@ def prior_pictures(
                     base,
                     [fill(templates[number % len(templates)], class_word)],
                     seeds=[FIRST_SEED + number],
-                    steps=config.sample.steps,
-                    guidance=config.sample.guidance,
+                    steps=STEPS,
+                    guidance=GUIDANCE,
                     width=config.resolution,
                     height=config.resolution,
                 )

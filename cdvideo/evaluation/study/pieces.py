@@ -157,21 +157,15 @@ def train(bench: StudyBench, piece: Piece) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    prior = class_pictures(bench, config) if config.preserve.prior_weight else None
+    prior = None
+    if config.preserve.prior_weight:
+        prior = prior_pictures(bench.trainee, config, bench.config.cache / "prior", quiet=True)
     options: dict[str, Any] = {"prior": prior, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
     with open_run(folder) as run:
         run.write_text("config.yaml", to_yaml(config))
         train_concept(bench.trainee, pictures, config, run, **options)
         run.write_text("made.json", json.dumps(_made(bench.trainee, start)))
     return folder
-
-
-def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, list[Picture]]:
-    """What the base itself draws of the class, for prior preservation; drawn where it is not there yet."""
-    sample = f"{config.data.style}-{config.sample.steps}-{config.sample.guidance:g}"
-    side = "" if config.resolution is None else f"-{config.resolution}"
-    folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}{side}"
-    return prior_pictures(bench.trainee, config, folder, quiet=True)
 
 
 def draw(bench: StudyBench, piece: Piece) -> Path:
