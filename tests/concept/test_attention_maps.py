@@ -121,3 +121,16 @@ def test_maps_of_pictures_that_are_not_square(tiny_base: Base) -> None:
     latents_NCHW = torch.randn(1, 4, 8, 16)
     maps = attention_maps(tiny_base, None, "a dog", latents_NCHW, [500], torch.Generator())
     assert [tuple(m.shape) for m in maps["dog"].values()] == [(1, 8, 16), (1, 4, 8)]
+
+
+def test_scores_beyond_half_precision_are_still_measured(tiny_base: Base) -> None:
+    """Queries and keys that fp16 can hold, and their products not."""
+    tiny_base.to(torch.device("cpu"), torch.float16)
+    with torch.no_grad():
+        for name, weight in tiny_base.unet.named_parameters():
+            if "attn2.to_q" in name or "attn2.to_k" in name:
+                weight *= 1500
+    maps = maps_of(tiny_base, None, "a dog wearing headphones")
+    for height in (8, 4):
+        total_NHW = sum(maps[word][height] for word in maps)
+        torch.testing.assert_close(total_NHW, torch.ones_like(total_NHW), rtol=1e-3, atol=1e-3)

@@ -37,7 +37,7 @@ def test_runs_of_one_seed_see_the_same_batches_whatever_their_losses(
     assert len(set(first)) == 1
 
 
-def left_half(_base: Base, latents_NCHW: Tensor, _prompt: str, *, seed: int) -> Tensor:
+def left_half(_base: Base, latents_NCHW: Tensor, _prompt: str, **_: int) -> Tensor:
     """In place of `subject_masks`: the tiny base sees the subject everywhere."""
     masks_N1HW = torch.zeros_like(latents_NCHW[:, :1])
     masks_N1HW[..., : masks_N1HW.shape[-1] // 2] = 1
