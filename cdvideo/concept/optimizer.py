@@ -1,4 +1,4 @@
-"""What moves a concept's weights: torch's AdamW, or bitsandbytes' with its state in 8 bits; and what it costs."""
+"""What moves a concept's weights: torch's AdamW, or bitsandbytes' with its state in 8 bits; and memory for time."""
 
 from __future__ import annotations
 

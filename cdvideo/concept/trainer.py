@@ -87,8 +87,6 @@ def train_concept(
     concept = new_concept(base, config, adapter)
     scheduler = make_scheduler(base.scheduler_config)
     caches = _cache_subjects(base, pictures, config, quiet=quiet)
-    if config.data.focus == "subject":
-        _show_masks(pictures, caches, config, run, quiet=quiet)
     prior_caches = _cache_prior(base, prior or {}, config, quiet=quiet) if preserve.prior_weight else []
     semantic_preservation = SemanticPreservation(base, config)
     plain = slice(None, None, config.data.variants)  # each picture as it is
@@ -102,6 +100,8 @@ def train_concept(
     state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
     state_file = run.folder / STATE_FILE
     start = _resume(state, drift, run, config.steps) if resume else 0
+    if config.data.focus == "subject":
+        _show_masks(pictures, caches, config, run, quiet=quiet)
 
     def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str], sizes_B6: Tensor) -> Tensor:
         text = encode_prompts(base, prompts, rows=concept.tokens)
@@ -237,9 +237,8 @@ def _show_masks(
     """Draws masks.png, each picture beside what will be learned of it, and tells the shares."""
     masks_N1HW = torch.cat([cache.masks_N1HW[:: config.data.variants] for cache in caches])  # of pictures as they are
     shown = [picture for token in config.phrases for picture in pictures[token]]
-    sheet = mask_sheet(
-        shown, masks_N1HW, title=f"what is learned of each picture of {', '.join(config.phrases.values())}"
-    )
+    title = f"what is learned of each picture of {', '.join(config.phrases.values())}"
+    sheet = mask_sheet(shown, masks_N1HW, title=title)
     with atomic_path(run.folder / MASKS_FILE) as part:
         sheet.save(part)
     shares = ", ".join(f"{p.name} {mask.mean():.0%}" for p, mask in zip(shown, masks_N1HW, strict=True))
