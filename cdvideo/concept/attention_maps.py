@@ -68,7 +68,7 @@ def attention_maps(
         text = encode_prompts(base, [prompt], rows=rows)
     text_BLD = text.hidden_BLD.expand(len(timesteps_B), -1, -1)
     added = repeated(text.added(latent_sizes(base, latents_NCHW)), len(timesteps_B))
-    with tuned(base.unet, concept), _recording(base.unet, member_LW) as seen:
+    with tuned(base.unet, concept), recording(base.unet, member_LW) as seen:
         base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text_BLD, added_cond_kwargs=added)
 
     maps: dict[str, dict[int, Tensor]] = {word: {} for word in words}
@@ -133,7 +133,7 @@ class _RecordingCrossAttention:
 
 
 @contextmanager
-def _recording(unet: UNet2DConditionModel, member_LW: Tensor) -> Iterator[list[Tensor]]:
+def recording(unet: UNet2DConditionModel, member_LW: Tensor) -> Iterator[list[Tensor]]:
     """Within the block, all cross-attentions record into the list; on leaving, the former processors are back."""
     attentions = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
     former = [attention.processor for attention in attentions]

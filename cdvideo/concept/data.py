@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -17,9 +16,8 @@ from tqdm import tqdm
 from cdvideo.base.latents import encode_pixels
 from cdvideo.base.loader import Base
 from cdvideo.base.offload import at_work
-from cdvideo.base.prompts import encode_prompts, latent_sizes, repeated
-from cdvideo.base.schedule import add_noise, make_scheduler
 from cdvideo.concept.config import DataConfig
+from cdvideo.concept.masks import learned_masks, subject_masks
 from cdvideo.concept.phrases import CLOSE_UP, FAR_AWAY, fill, training_prompts
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
@@ -176,12 +174,14 @@ def cache_latents(
     class_phrase: str,
     seed: int,
     resolution: int | None = None,
+    at_once: int = 4,
     quiet: bool = False,
 ) -> LatentCache:
     """Encodes `config.variants` variants of every picture; the first of each is the picture as it is.
 
     Args:
         resolution: Side of the pictures in pixels; None is the base's own.
+        at_once: Pictures that the UNet is shown at once, where it is asked what it sees.
     """
     rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
     cell, side = 2 ** (len(base.vae.config.block_out_channels) - 1), picture_side(base, resolution)
@@ -198,48 +198,11 @@ def cache_latents(
     pasted_N1HW = torch.stack([v.mask_1HW[:, ::cell, ::cell] for v in variants]).to(base.device)
     masks_N1HW = pasted_N1HW
     if config.focus == "subject":
-        masks_N1HW = pasted_N1HW * subject_masks(base, latents_NCHW, fill("a picture of a {}", class_phrase), seed=seed)
+        class_prompt = fill(training_prompts(config.style)[0], class_phrase)
+        subject_N1HW = subject_masks(base, latents_NCHW, class_prompt, seed=seed, at_once=at_once)
+        names = [picture.name for picture in pictures]
+        masks_N1HW = learned_masks(pasted_N1HW, subject_N1HW, names, class_phrase=class_phrase)
     around_N1HW = pasted_N1HW - masks_N1HW
     sizes_N6 = torch.stack([v.sizes_6 for v in variants]).to(base.device)
     sizes, templates = tuple(v.size for v in variants), training_prompts(config.style)
     return LatentCache(phrase, class_phrase, latents_NCHW, masks_N1HW, around_N1HW, sizes_N6, sizes, templates)
-
-
-MASK_DRAWS = 4  # of noise
-MASK_THRESHOLD = 0.2  # of the contrast where the subject is clearest
-MASK_BATCH = 16
-
-
-@torch.no_grad()
-def subject_masks(base: Base, latents_NCHW: Tensor, class_prompt: str, *, seed: int) -> Tensor:
-    """Where the base itself sees the class in each picture: masks_N1HW, 0 or 1.
-
-    DiffEdit (arXiv 2210.11427, section 3.2): half of the noise is added, and where the predictions for two prompts,
-    here the class's and the empty one, differ most, there the subject is. Smoothing leaves a narrow border around it.
-
-    Args:
-        class_prompt: Such as "a picture of a dog".
-        seed: Of the noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = make_scheduler(base.scheduler_config)
-    text = encode_prompts(base, [class_prompt, ""])
-    masks = []
-    for part_BCHW in latents_NCHW.split(MASK_BATCH):
-        timesteps_B = torch.full((len(part_BCHW),), scheduler.config["num_train_timesteps"] // 2, device=base.device)
-        contrast_B1HW = torch.zeros_like(part_BCHW[:, :1])
-        for _ in range(MASK_DRAWS):
-            noise_BCHW = torch.randn(part_BCHW.shape, generator=generator).to(base.device)
-            noisy_BCHW = add_noise(scheduler, part_BCHW, noise_BCHW, timesteps_B).to(base.dtype).repeat(2, 1, 1, 1)
-            text_2BLD = text.hidden_BLD.repeat_interleave(len(part_BCHW), dim=0)
-            added = repeated(text.added(latent_sizes(base, part_BCHW)), len(part_BCHW))
-            prediction_BCHW = base.unet(
-                noisy_BCHW, timesteps_B.repeat(2), text_2BLD, added_cond_kwargs=added
-            ).sample.float()
-            with_class_BCHW, without_BCHW = prediction_BCHW.chunk(2)
-            contrast_B1HW += (with_class_BCHW - without_BCHW).abs().mean(dim=1, keepdim=True)
-        width = 2 * (part_BCHW.shape[-1] // 16) + 1  # about an eighth of a side
-        smooth_B1HW = F.avg_pool2d(contrast_B1HW, width, stride=1, padding=width // 2, count_include_pad=False)
-        clearest_B111 = smooth_B1HW.flatten(1).quantile(0.95, dim=1).view(-1, 1, 1, 1)
-        masks.append((smooth_B1HW > MASK_THRESHOLD * clearest_B111).float())
-    return torch.cat(masks)

@@ -19,10 +19,10 @@ def denoising_loss(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tens
     Args:
         prediction_BCHW: What the UNet predicts.
         target_BCHW: Noise or v, as the base was trained for.
-        mask_B1HW: 1 where the loss counts, 0 elsewhere; at least one cell of every picture counts.
+        mask_B1HW: 1 where the loss counts, 0 elsewhere; a picture of which nothing counts adds 0 to the mean.
     """
     error_B1HW = (prediction_BCHW.float() - target_BCHW.float()).square().mean(dim=1, keepdim=True)
-    return ((error_B1HW * mask_B1HW).sum(dim=(1, 2, 3)) / mask_B1HW.sum(dim=(1, 2, 3))).mean()
+    return ((error_B1HW * mask_B1HW).sum(dim=(1, 2, 3)) / mask_B1HW.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
 
 
 def semantic_preservation_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from cdvideo.errors import UserError
 
 # What prompts are about besides the concepts, whose reading is to stay.
 _ORDINARY_WORDS = ("dog", "cat", "bird", "person", "robot", "car", "house", "flower")
+# What is true of a concept that was learned at once, as files from elsewhere have it.
+_OF_ONE_TRAINING: dict[str, Any] = {
+    "initialiser": "",
+    "steps": 0,
+    "lr": 0.0,
+    "token_lr": 0.0,
+    "seed": 0,
+    "loss_weights": {},
+    "sample_prompt": "",
+    "preview": "",
+}
 
 
 @torch.no_grad()
@@ -56,8 +68,7 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
         loss_weights={},
         adapter=kind,
         adapter_settings=settings,
-        sample_prompt="",
-        preview="",
+        **_OF_ONE_TRAINING,
     )
     return Concept({token: rows for c in concepts for token, rows in c.tokens.items()}, weights, metadata)
 
@@ -172,9 +183,13 @@ def _stacked(concepts: Sequence[Concept]) -> dict[str, Tensor]:
 
 
 def _concept_features(base: Base, concept: Concept) -> Tensor:
-    """features_SD of the concept's words in its training prompts: from each token to the end of the text."""
+    """features_SD of the concept's words in training prompts: from each token to the end of the text.
+
+    In those of both styles, since a concept's file does not say which one it was learned in.
+    """
     phrases = [f"{token} {word}" for token, word in concept.metadata.class_words.items()]
-    prompts = [fill(template, phrase) for phrase in phrases for template in training_prompts("photo")]
+    templates = dict.fromkeys((*training_prompts("photo"), *training_prompts("picture")))
+    prompts = [fill(template, phrase) for phrase in phrases for template in templates]
     batch = tokenize_prompts(base, prompts, concept.tokens)
     hidden_BLD = encode_batch(base, batch, rows=concept.tokens).hidden_BLD.float()
     starts = {slot.prompt: slot.at for slot in reversed(batch.slots)}

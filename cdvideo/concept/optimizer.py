@@ -1,11 +1,13 @@
-"""What moves a concept's weights: torch's AdamW, or bitsandbytes' with its state in 8 bits."""
+"""What moves a concept's weights: torch's AdamW, or bitsandbytes' with its state in 8 bits; and memory for time."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from cdvideo.concept.config import OptimConfig
@@ -44,3 +46,17 @@ def make_optimizer(weights: Sequence[Tensor], rows: Sequence[Tensor], optim: Opt
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups)
+
+
+@contextmanager
+def checkpointing(unet: UNet2DConditionModel, enabled: bool) -> Iterator[None]:
+    """Within the block the UNet recomputes its activations in the backward pass, where that is asked for; then it is as
+    it was before."""
+    switched = enabled and not unet.is_gradient_checkpointing
+    if switched:
+        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if switched:
+            unet.disable_gradient_checkpointing()

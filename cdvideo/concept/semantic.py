@@ -35,6 +35,8 @@ class SemanticPreservation:
             self.templates = tuple(dict.fromkeys(self.templates))
         if config.semantic.variant == "released":
             self.templates = self.templates[:1]
+        if config.semantic.form == "relation":  # a phrase has no relation to itself
+            self.templates = tuple(dict.fromkeys(self.templates))
         with torch.no_grad():
             self.class_features = {
                 token: phrase_features(base, [fill(t, class_word) for t in self.templates])

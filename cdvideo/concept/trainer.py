@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -30,13 +30,16 @@ from cdvideo.concept.drift import DriftMeter
 from cdvideo.concept.file import frozen_copy, png_preview, save_concept
 from cdvideo.concept.kv import embedding_norms, initial_rows
 from cdvideo.concept.losses import background_loss, denoising_loss, output_preservation_loss
-from cdvideo.concept.optimizer import check_optimizer, make_optimizer
+from cdvideo.concept.masks import MASKS_FILE, mask_sheet
+from cdvideo.concept.optimizer import check_optimizer, checkpointing, make_optimizer
 from cdvideo.concept.phrases import fill
 from cdvideo.concept.semantic import SemanticPreservation
 from cdvideo.concept.state import STATE_FILE, TrainState, deferred_interrupt
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture, contact_sheet
 from cdvideo.runs import Run, atomic_path
+
+logger = logging.getLogger(__name__)
 
 Sampler: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]  # concept, prompts -> pixels_BCHW in [-1, 1]
 Pictures: TypeAlias = Mapping[str, Sequence[Picture]]
@@ -55,7 +58,7 @@ def train_concept(
     resume: bool = False,
     quiet: bool = False,
 ) -> Concept:
-    """Learns a concept from its pictures, and writes its file, metrics, drift and contact sheets into the run.
+    """Learns a concept from its pictures, and writes its file, metrics, drift, masks and contact sheets into the run.
 
     Args:
         base: Frozen; bit-equal afterwards.
@@ -97,6 +100,8 @@ def train_concept(
     state = TrainState({**adapter.weights, **concept.tokens}, optimizer, scaler, settings)
     state_file = run.folder / STATE_FILE
     start = _resume(state, drift, run, config.steps) if resume else 0
+    if config.data.focus == "subject":
+        _show_masks(pictures, caches, config, run, quiet=quiet)
 
     def predict(noisy_BCHW: Tensor, timesteps_B: Tensor, prompts: Sequence[str], sizes_B6: Tensor) -> Tensor:
         text = encode_prompts(base, prompts, rows=concept.tokens)
@@ -104,7 +109,7 @@ def train_concept(
         return base.unet(noisy_BCHW.to(base.dtype), timesteps_B, text.hidden_BLD, added_cond_kwargs=added).sample
 
     bar = tqdm(desc=config.phrase, unit="step", total=config.steps, initial=start, disable=quiet)
-    with base.in_use, recomputing(base, optim.gradient_checkpointing), deferred_interrupt() as interrupted, bar:
+    with base.in_use, checkpointing(base.unet, optim.gradient_checkpointing), deferred_interrupt() as interrupted, bar:
         if start == 0:
             run.log({"step": 0, **_drift_metrics(base, adapter, concept, drift, step=0)})
             _draw(sample, concept, config, run, step=0)
@@ -175,20 +180,6 @@ def train_concept(
     return _finish(sample, concept, config, run)
 
 
-@contextmanager
-def recomputing(base: Base, wanted: bool) -> Iterator[None]:
-    """Within the block, and where it is wanted, the UNet computes activations anew in the backward pass, not keeping
-    them; afterwards it does as before."""
-    if not wanted or base.unet.is_gradient_checkpointing:
-        yield
-        return
-    base.unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-
-
 def _step_generator(seed: int, step: int) -> torch.Generator:
     """Every step has its own, so that runs of one seed see the same pictures, whatever their losses draw besides."""
     return torch.Generator().manual_seed((1_000_003 * seed + step) % 2**32)
@@ -233,15 +224,35 @@ def _cache_subjects(base: Base, pictures: Pictures, config: ConceptConfig, *, qu
             class_phrase=config.class_words[token],
             seed=config.seed,
             resolution=config.resolution,
+            at_once=config.optim.batch_size,
             quiet=quiet,
         )
         for token, phrase in config.phrases.items()
     ]
 
 
+def _show_masks(
+    pictures: Pictures, caches: Sequence[LatentCache], config: ConceptConfig, run: Run, *, quiet: bool
+) -> None:
+    """Draws masks.png, each picture beside what will be learned of it, and tells the shares."""
+    masks_N1HW = torch.cat([cache.masks_N1HW[:: config.data.variants] for cache in caches])  # of pictures as they are
+    shown = [picture for token in config.phrases for picture in pictures[token]]
+    title = f"what is learned of each picture of {', '.join(config.phrases.values())}"
+    sheet = mask_sheet(shown, masks_N1HW, title=title)
+    with atomic_path(run.folder / MASKS_FILE) as part:
+        sheet.save(part)
+    shares = ", ".join(f"{p.name} {mask.mean():.0%}" for p, mask in zip(shown, masks_N1HW, strict=True))
+    report = logger.info if quiet else tqdm.write
+    report(f"learned of each picture, see {run.folder / MASKS_FILE}: {shares}")
+
+
 def _cache_prior(base: Base, prior: Pictures, config: ConceptConfig, *, quiet: bool) -> list[LatentCache]:
-    """The base's own pictures of each class, as they are: what they teach the base, it knows already."""
-    plain = DataConfig(style=config.data.style, variants=1)
+    """The base's own pictures of each class, as they are and whole: what they teach the base, it knows already.
+
+    Whatever `data.focus` says of the concept's pictures: DreamBooth (arXiv 2208.12242, eq. 2) and Custom Diffusion
+    preserve all that the base draws of the class, what stands around it too.
+    """
+    plain = DataConfig(style=config.data.style, variants=1, focus="picture")
     missing = set(config.class_words.values()) - prior.keys()
     if missing:
         raise UserError(

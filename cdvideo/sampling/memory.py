@@ -8,17 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cdvideo.base.latents import decode_latents
+from cdvideo.base.latents import decode_latents, encode_pixels
 from cdvideo.base.loader import Base
 from cdvideo.base.memory import Needs, metered, weight_bytes
 from cdvideo.base.prompts import encode_prompts, picture_sizes, text_widths
 from cdvideo.concept.adapters import make_adapter
+from cdvideo.concept.attention_maps import recording
 from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.drift import ATTENTION_PHRASE, NOISE_LEVELS, PICTURES
+from cdvideo.concept.optimizer import checkpointing
+from cdvideo.concept.phrases import HELD_OUT_PHRASES, fill
+from cdvideo.concept.semantic import phrase_features
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.denoise import guided_prompts, latent_size
+from cdvideo.sampling.prior import GUIDANCE
 from cdvideo.sampling.prompt_kv import compile_prompts, reading
 from cdvideo.sampling.windows import window_size
 
@@ -35,8 +41,16 @@ def training_needs(base: Base, config: ConceptConfig, *, on_gpu: bool) -> Needs:
     side = config.resolution or base.resolution
     standing = weight_bytes(base.unet, *base.text_encoders.values()) + (0 if on_gpu else weight_bytes(base.vae))
     vae = weight_bytes(base.vae) if on_gpu else 0
-    learned, step = _training_step(base, config, side)
-    needs = {"training": standing + step}
+    weights, learned, step = _training_step(base, config, side)
+    needs = {
+        "training": standing + step,  # asking where the subject is takes no more: as many pictures, without gradients
+        "encoding pictures": standing + weights + vae + _encoding(base, side),
+        "measuring drift": standing + learned + _measuring(base, config, side),
+    }
+    if config.preserve.prior_weight:
+        drawing = _drawing(base, None, (side, side), pictures=1, guidance=GUIDANCE, chunk=1)
+        needs["drawing pictures of the class"] = standing + drawing["denoising"]
+        needs["decoding pictures of the class"] = standing + vae + drawing["decoding"]
     if config.sample.every:
         prompts = len(config.sample.prompts) * len(config.phrases)
         drawing = _drawing(base, None, (side, side), pictures=prompts, guidance=config.sample.guidance, chunk=1)
@@ -54,11 +68,30 @@ def _folded_bytes(base: Base, config: ConceptConfig) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in folded)
 
 
-def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, int]:
-    """Bytes of what is learned with the optimizer's state, and the most at once in a step of the trainer."""
-    optim, preserve = config.optim, config.preserve
-    _set_checkpointing(base, optim.gradient_checkpointing)
+@torch.no_grad()
+def _encoding(base: Base, side: int) -> int:
+    """Bytes for making latents of one picture."""
     with metered() as meter:
+        encode_pixels(base.vae, torch.zeros(1, 3, side, side, device=base.device))
+    return meter.peak
+
+
+@torch.no_grad()
+def _measuring(base: Base, config: ConceptConfig, side: int) -> int:
+    """Bytes for the features of many phrases, or the attention maps of a few pictures, which no fused kernel gives."""
+    phrases = [fill(template, config.phrase) for template in HELD_OUT_PHRASES]
+    member_LW = torch.zeros(base.tokenizer.model_max_length, len(ATTENTION_PHRASE.split()), device=base.device)
+    with metered() as meter, recording(base.unet, member_LW):
+        phrase_features(base, phrases)
+        _predict(base, config, {}, PICTURES * len(NOISE_LEVELS), side)
+    return meter.peak
+
+
+def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, int, int]:
+    """Bytes of the weights that are learned, of these with the optimizer's state, and the most at once in a step of the
+    trainer."""
+    optim, preserve = config.optim, config.preserve
+    with checkpointing(base.unet, optim.gradient_checkpointing), metered() as meter:
         adapter = make_adapter(base.unet, config.adapter, seed=0)
         width = sum(text_widths(base))
         rows = {token: torch.zeros(config.adapter.num_rows, width, device=base.device) for token in config.phrases}
@@ -86,7 +119,7 @@ def _training_step(base: Base, config: ConceptConfig, side: int) -> tuple[int, i
             _step(optimizer, weights, gradients)
         else:
             del state
-    return learned, meter.peak
+    return 4 * numbers, learned, meter.peak
 
 
 def _step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -94,13 +127,6 @@ def _step(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], gradients
         weight.grad = gradient
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _set_checkpointing(base: Base, enabled: bool) -> None:
-    if enabled:
-        base.unet.enable_gradient_checkpointing()
-    else:
-        base.unet.disable_gradient_checkpointing()
 
 
 def _predict(base: Base, config: ConceptConfig, rows: Mapping[str, Tensor], pictures: int, side: int) -> Tensor:

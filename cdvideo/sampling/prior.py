@@ -16,21 +16,21 @@ from cdvideo.runs import atomic_path
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import to_uint8
 
-STEPS, GUIDANCE = 20, 5.0  # fixed, so that pictures drawn before and after an interrupt are of one kind
 FIRST_SEED = 1_000_000  # far from the seeds by which concepts are looked at and measured
+STEPS, GUIDANCE = 20, 5.0  # no settings: a run that is resumed goes on with the pictures that it began with
 
 
 def prior_pictures(
     base: Base, config: ConceptConfig, folder: Path, *, quiet: bool = False
 ) -> Mapping[str, list[Picture]]:
-    """`preserve.prior_images` pictures of each class word, drawn once and kept: folder/<class word>/<number>.png.
+    """`preserve.prior_images` pictures of each class word, drawn once and kept.
 
-    DreamBooth (arXiv 2208.12242, section 3.3) draws them so, from the concept's own prompts. How its contact sheets are
-    drawn does not matter to them.
-
-    Args:
-        folder: Of this base alone; what lies there already is taken.
+    DreamBooth (arXiv 2208.12242, section 3.3) draws them so. They lie in folder/<what determines them>/<class word>;
+    those that are there already are taken, and with another base, precision, style or resolution none of them is.
     """
+    side = config.resolution or base.resolution
+    precision = str(base.dtype).removeprefix("torch.")
+    folder = folder / f"{config.data.style}-{side}-{base.hash}-{precision}"
     templates = training_prompts(config.data.style)
     found: dict[str, list[Picture]] = {}
     for class_word in dict.fromkeys(config.class_words.values()):

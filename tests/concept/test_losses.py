@@ -28,6 +28,16 @@ def test_denoising_loss_sees_nothing_outside_of_the_mask() -> None:
     torch.testing.assert_close(denoising_loss(prediction, target, mask), before)
 
 
+def test_a_picture_of_which_nothing_counts_adds_nothing_and_no_nan() -> None:
+    prediction = torch.ones(2, 4, 8, 8, requires_grad=True)
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0] = 0
+    loss = denoising_loss(prediction, torch.zeros(2, 4, 8, 8), mask)
+    loss.backward()
+    assert loss.item() == pytest.approx((0 + 1) / 2)
+    assert prediction.grad is not None and not prediction.grad[0].any() and prediction.grad[1].all()
+
+
 def test_every_picture_counts_the_same_however_small_its_region() -> None:
     target, mask = torch.zeros(2, 4, 8, 8), torch.ones(2, 1, 8, 8)
     mask[0] = 0

@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from cdvideo.base.loader import Base
+from cdvideo.base.loader import Base, load_base
 from cdvideo.base.text import encode_text, tokenize
 from cdvideo.concept.adapters import delta_name, make_adapter, parameter_changes, text_changes, unfit_weights
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import AdapterConfig, ConceptConfig
 from cdvideo.concept.file import frozen_copy
 from cdvideo.concept.merge import constrained_merge, merge_concepts, weighted
+from cdvideo.concept.phrases import fill
 from cdvideo.concept.trainer import new_concept
 from cdvideo.errors import UserError
 
@@ -64,6 +65,22 @@ def test_each_concept_s_words_are_read_as_it_learned(tiny_base: Base, config: Co
         assert (got - wanted).norm() < 0.3 * (summed - wanted).norm()
 
 
+def test_words_are_read_so_in_the_prompts_of_either_style(config: ConceptConfig) -> None:
+    """A concept's file does not say which it was learned in; the embedded base's text is wide enough for both."""
+    base = load_base("tiny", device=torch.device("cpu"))
+    concepts = {token: learned(base, config, token, kind="kv") for token in ("sks", "rex")}
+    merged = merge_concepts(base, [*concepts.values()])
+    name = next(name for name in merged.weights if "to_v" in name)
+    for template in ("a good photo of a {}", "a picture of a {}", "an illustration of a {}", "a {}"):
+        for token, concept in concepts.items():
+            batch = tokenize(base.tokenizer, [fill(template, f"{token} dog")], tokens={token: 1})
+            hidden_LD = encode_text(base.text_encoder, batch, rows=concept.tokens).hidden_BLD[0].detach()
+            words_SD = hidden_LD[batch.slots[0].at : batch.eos_B[0] + 1]
+            wanted = words_SD @ concept.weights[name].float().T
+            missed = words_SD @ merged.weights[name].float().T - wanted
+            assert missed.norm() < 0.1 * wanted.norm(), (template, token)
+
+
 def test_changes_of_the_whole_unet_are_summed(tiny_base: Base, config: ConceptConfig) -> None:
     one, other = learned(tiny_base, config, "sks", kind="lora", dora=True), learned(tiny_base, config, "rex", kind="kv")
     merged = merge_concepts(tiny_base, [one, other])
@@ -72,6 +89,20 @@ def test_changes_of_the_whole_unet_are_summed(tiny_base: Base, config: ConceptCo
     for name in changes[0].keys() | changes[1].keys():
         expected = sum(change[name].float() for change in changes if name in change)
         torch.testing.assert_close(merged.weights[delta_name(name)].float(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kv", "lora", "token"])
+def test_what_was_true_of_one_training_is_not_said_of_the_merged(
+    tiny_base: Base, config: ConceptConfig, kind: str
+) -> None:
+    config = dataclasses.replace(config, seed=7)
+    one, other = (learned(tiny_base, config, token, kind=kind) for token in ("sks", "rex"))
+    assert one.metadata.seed == 7 and one.metadata.steps and one.metadata.lr and one.metadata.loss_weights
+    merged = merge_concepts(tiny_base, [one, other]).metadata
+    said = merged.seed, merged.steps, merged.lr, merged.token_lr, merged.loss_weights, merged.initialiser
+    assert said == (0, 0, 0.0, 0.0, {}, "")
+    kept = ("base_name", "base_hash", "resolution", "prediction_type")
+    assert all(getattr(merged, name) == getattr(one.metadata, name) for name in kept)
 
 
 def test_tokens_alone_stay_tokens_alone(tiny_base: Base, config: ConceptConfig) -> None:

@@ -1,21 +1,51 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from cdvideo.base.loader import load_base
+from cdvideo.base.loader import Base, load_base
 from cdvideo.concept.concept import Concept
 from cdvideo.concept.config import ConceptConfig, DataConfig, OptimConfig
-from cdvideo.concept.optimizer import check_optimizer, make_optimizer
+from cdvideo.concept.optimizer import check_optimizer, checkpointing, make_optimizer
 from cdvideo.concept.trainer import train_concept
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
-from cdvideo.runs import create_run
+from cdvideo.runs import Run, create_run
 
 EIGHT_BIT = OptimConfig(optimizer="adamw8bit")
+
+
+def test_checkpointing_ends_with_its_block_however_it_ends(tiny_base: Base) -> None:
+    unet = tiny_base.unet
+    for asked in (False, True):
+        with checkpointing(unet, asked):
+            assert unet.is_gradient_checkpointing == asked
+        assert not unet.is_gradient_checkpointing
+    with pytest.raises(KeyboardInterrupt), checkpointing(unet, True):
+        raise KeyboardInterrupt
+    assert not unet.is_gradient_checkpointing
+    unet.enable_gradient_checkpointing()
+    with checkpointing(unet, True):
+        pass
+    assert unet.is_gradient_checkpointing, "as it was"
+
+
+def test_a_training_leaves_the_unet_without_checkpoints(
+    tiny_base: Base, pictures: list[Picture], config: ConceptConfig, run: Run
+) -> None:
+    seen = set()
+    hook = tiny_base.unet.register_forward_pre_hook(
+        lambda unet, _: seen.add((torch.is_grad_enabled(), unet.is_gradient_checkpointing))
+    )
+    optim = OptimConfig(gradient_checkpointing=True)
+    train_concept(tiny_base, pictures, dataclasses.replace(config, steps=1, optim=optim), run, quiet=True)
+    hook.remove()
+    assert (True, True) in seen and (True, False) not in seen
+    assert not tiny_base.unet.is_gradient_checkpointing
 
 
 def test_rows_are_never_decayed_and_have_their_own_rate() -> None:

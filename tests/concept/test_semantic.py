@@ -126,7 +126,12 @@ def test_forms_and_margins_choose_the_loss(tiny_base: Base, config: ConceptConfi
     assert loss(margin=0.05) == pytest.approx(
         semantic_preservation_loss(concept_TD, features_UD[drawn], margin=0.05).item()
     )
-    assert loss(form="relation") == pytest.approx(semantic_relation_loss(*draw(form="relation")).item())
+    relation = dataclasses.replace(config, semantic=dataclasses.replace(config.semantic, form="relation"))
+    of_relation = SemanticPreservation(tiny_base, relation)
+    features_UD, templates = of_relation.class_features["sks"], of_relation.templates
+    drawn = torch.randperm(len(features_UD), generator=generator())[:4]
+    concept_TD = phrase_features(tiny_base, [fill(templates[t], "sks dog") for t in drawn], rows)
+    assert loss(form="relation") == pytest.approx(semantic_relation_loss(concept_TD, features_UD, drawn).item())
     assert len({loss(), loss(margin=0.05), loss(form="relation"), loss(form="relation", margin=0.01)}) == 4
 
 
@@ -144,10 +149,21 @@ def test_several_subjects_share_the_loss(tiny_base: Base, config: ConceptConfig,
     assert not torch.allclose(dog_loss, cat_loss)
 
 
-def test_no_phrase_is_drawn_twice(tiny_base: Base, config: ConceptConfig) -> None:
-    """In the relation it would be told apart from itself."""
-    config = dataclasses.replace(config, semantic=dataclasses.replace(config.semantic, form="relation"))
-    for style in ("picture", "photo"):
-        styled = dataclasses.replace(config, data=dataclasses.replace(config.data, style=style))
-        templates = SemanticPreservation(tiny_base, styled).templates
-        assert len(set(templates)) == len(templates)
+@pytest.mark.parametrize("style", ["photo", "picture"])
+def test_a_phrase_has_no_relation_to_itself(tiny_base: Base, config: ConceptConfig, style: Any) -> None:
+    """Training prompts and semantic phrases share some; a concept that is its class only there stays free there."""
+    data = dataclasses.replace(config.data, style=style)
+    relation = dataclasses.replace(config, data=data, semantic=SemanticConfig(form="relation", phrases=99))
+    loss = SemanticPreservation(tiny_base, relation)
+    assert len(set(loss.templates)) == len(loss.templates) == len(loss.class_features["sks"])
+    rows = {"sks": initial_rows(tiny_base, "cat", 1)}
+    phrases = [[fill(template, word) for template in loss.templates] for word in ("sks dog", "dog")]
+    concept_TD = F.normalize(phrase_features(tiny_base, phrases[0], rows))
+    class_TD = F.normalize(phrase_features(tiny_base, phrases[1]))
+    change_TT = (concept_TD @ class_TD.T - class_TD @ class_TD.T).abs()
+    count = len(class_TD)
+    expected = (change_TT.sum() - change_TT.diagonal().sum()) / (count * (count - 1))
+    torch.testing.assert_close(loss(rows, generator()), expected)
+    point = dataclasses.replace(relation, semantic=SemanticConfig(phrases=99))
+    drawn = SemanticPreservation(tiny_base, point).templates
+    assert set(drawn) == set(loss.templates) and len(drawn) > len(loss.templates)  # both lists ask

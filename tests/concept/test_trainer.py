@@ -160,7 +160,7 @@ def test_contact_sheets_show_the_stored_concept_from_step_zero_to_the_end(
 
     config = changed(config, sample={"every": 4})
     concept = train_concept(tiny_base, pictures, config, run, sample=sample, quiet=True)
-    sheets = sorted(path.name for path in run.folder.glob("*.png"))
+    sheets = sorted(path.name for path in run.folder.glob("samples_*"))
     assert sheets == ["samples_00000.png", "samples_00004.png", "samples_00006.png"]
     assert Image.open(run.folder / sheets[0]).width == 4 * 256
     assert not any(change.any() for change in parameter_changes(tiny_base.unet, shown[0]).values())

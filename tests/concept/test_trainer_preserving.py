@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import encode_text, tokenize
-from cdvideo.concept import data
+from cdvideo.concept import data, trainer
 from cdvideo.concept.adapters import tuned
 from cdvideo.concept.config import ConceptConfig
+from cdvideo.concept.losses import denoising_loss
 from cdvideo.errors import UserError
 from cdvideo.media.images import Picture
 from cdvideo.sampling.prior import prior_pictures
@@ -37,15 +38,17 @@ def test_runs_of_one_seed_see_the_same_batches_whatever_their_losses(
     assert len(set(first)) == 1
 
 
+def left_half(_base: Base, latents_NCHW: Tensor, _prompt: str, **_: int) -> Tensor:
+    """In place of `subject_masks`: the tiny base sees the subject everywhere."""
+    masks_N1HW = torch.zeros_like(latents_NCHW[:, :1])
+    masks_N1HW[..., : masks_N1HW.shape[-1] // 2] = 1
+    return masks_N1HW
+
+
 def test_what_surrounds_the_subject_is_kept(
     tiny_base: Base, pictures: list[Picture], config: ConceptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def left_half(_base: Base, latents_NCHW: Tensor, _prompt: str, *, seed: int) -> Tensor:
-        masks_N1HW = torch.zeros_like(latents_NCHW[:, :1])
-        masks_N1HW[..., : masks_N1HW.shape[-1] // 2] = 1
-        return masks_N1HW
-
-    monkeypatch.setattr(data, "subject_masks", left_half)  # the tiny base sees the subject everywhere
+    monkeypatch.setattr(data, "subject_masks", left_half)
     config = changed(dataclasses.replace(config, steps=12), optim={"lr": 1e-2}, data={"focus": "subject"})
 
     def losses(weight: float) -> list[float]:
@@ -122,6 +125,32 @@ def test_the_base_s_own_pictures_of_the_class_are_half_of_every_batch(
     assert shapes == [4, 4] and metrics[-1]["loss_prior"] > 0
     with pytest.raises(UserError, match="without pictures of dog"):
         train_with(tiny_base, pictures, config, tmp_path, prior={"cat": pictures})
+
+
+@pytest.mark.parametrize("focus", ["subject", "picture"])
+def test_prior_pictures_count_whole_whatever_the_concept_s_own_do(
+    tiny_base: Base,
+    pictures: list[Picture],
+    config: ConceptConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    focus: str,
+) -> None:
+    counted: list[Tensor] = []
+
+    def note(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
+        counted.append(mask_B1HW)
+        return denoising_loss(prediction_BCHW, target_BCHW, mask_B1HW)
+
+    monkeypatch.setattr(data, "subject_masks", left_half)
+    monkeypatch.setattr(trainer, "denoising_loss", note)
+    whole = {"focus": focus, "rescale": 0.0}
+    preserve = {"prior_weight": 1.0, "background_weight": 0.0}
+    config = changed(dataclasses.replace(config, steps=1), data=whole, preserve=preserve)
+    train_with(tiny_base, pictures, config, tmp_path, prior={"dog": pictures[:2]})
+    own_B1HW, prior_B1HW = counted
+    assert prior_B1HW.shape == own_B1HW.shape and prior_B1HW.eq(1).all()
+    assert own_B1HW[..., :4].eq(1).all() and own_B1HW[..., 4:].eq(focus == "picture").all()
 
 
 def test_prior_pictures_keep_what_the_class_looks_like(

@@ -14,6 +14,7 @@ from PIL import Image
 from cdvideo.base.loader import Base
 from cdvideo.base.memory import base_from_configs, metered, total, weight_bytes
 from cdvideo.concept.config import AdapterConfig, ConceptConfig, DataConfig, OptimConfig, PreserveConfig, SampleConfig
+from cdvideo.concept.masks import subject_masks
 from cdvideo.concept.trainer import train_concept
 from cdvideo.config import load_config
 from cdvideo.evaluation.sd15 import write_configs
@@ -149,6 +150,52 @@ def test_sdxl_s_training_takes_what_was_reckoned(
     took = weight_bytes(*tiny_sdxl.modules) + meter.peak
     print(f"{kind}: {took / 1e6:.1f} MB, reckoned {reckoned / 1e6:.1f} MB")
     assert reckoned == pytest.approx(took, rel=0.02)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_the_masks_take_is_reckoned_with(outline: Base, tiny_base: Base, tmp_path: Path, batch_size: int) -> None:
+    """The trainer itself, metered: with small steps what comes before them takes the most, and no more than told."""
+    config = ConceptConfig(
+        steps=2,
+        resolution=128,
+        adapter=AdapterConfig(kind="kv"),
+        data=DataConfig(variants=1),
+        optim=OptimConfig(batch_size=batch_size, gradient_checkpointing=True),
+        sample=SampleConfig(every=0),
+        checkpoint_every=9,
+    )
+    pictures = [Picture(name="", image=Image.new("RGB", (64, 64), color)) for color in ("red", "blue", "green")]
+    needs = training_needs(outline, config, on_gpu=False)
+    with create_run(tmp_path, "metered") as run, metered() as meter:
+        train_concept(tiny_base, pictures, config, run, quiet=True)
+    standing = weight_bytes(*tiny_base.modules)
+    print(f"{(standing + meter.peak) / 1e6:.2f} MB, reckoned {needs}")
+    assert max(needs.values()) == pytest.approx(standing + meter.peak, rel=0.04)
+
+    def asking(at_once: int) -> int:
+        with metered() as meter:
+            subject_masks(tiny_base, torch.randn(9, 4, 16, 16), "a dog", seed=0, at_once=at_once)
+        return standing + meter.peak
+
+    assert asking(batch_size) < needs["training"] < asking(32)
+
+
+def test_what_is_done_before_the_first_step_is_reckoned_with(outline: Base) -> None:
+    def needs(on_gpu: bool = True, **settings: Any) -> dict[str, int]:
+        config = ConceptConfig(**{"sample": SampleConfig(every=0), **settings})
+        return dict(training_needs(outline, config, on_gpu=on_gpu))
+
+    plain = needs()
+    assert plain.keys() == {"training", "encoding pictures", "measuring drift"}
+    standing = weight_bytes(outline.unet, outline.text_encoder, outline.vae)
+    assert plain["encoding pictures"] == needs(on_gpu=False)["encoding pictures"] > standing
+    larger = needs(resolution=256)
+    assert all(larger[phase] > plain[phase] for phase in plain)
+    drawn = needs(preserve=PreserveConfig(prior_weight=1))
+    sheets = needs(sample=SampleConfig(every=1, prompts=("a {}",)))
+    for phase in ("drawing", "decoding"):
+        of_class, of_concept = drawn[f"{phase} pictures of the class"], sheets[f"{phase} contact sheets"]
+        assert weight_bytes(outline.unet, outline.text_encoder) < of_class < of_concept  # with what was learned besides
 
 
 @pytest.mark.slow

@@ -36,8 +36,8 @@ from cdvideo.media.images import Picture
 from cdvideo.motion.files import load_motion
 from cdvideo.motion.modules import MotionModules
 from cdvideo.runs import atomic_path, open_run
-from cdvideo.sampling import prior
 from cdvideo.sampling.image import sample_images
+from cdvideo.sampling.prior import prior_pictures
 from cdvideo.sampling.video import sample_video, to_uint8
 from cdvideo.world.samples import heldout_individual, sample_scenes
 from cdvideo.world.scenes import Scene, compose, render_clip, render_scene
@@ -157,21 +157,15 @@ def train(bench: StudyBench, piece: Piece) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    of_class = class_pictures(bench, config) if config.preserve.prior_weight else None
-    options: dict[str, Any] = {"prior": of_class, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
+    prior = None
+    if config.preserve.prior_weight:
+        prior = prior_pictures(bench.trainee, config, bench.config.cache / "prior", quiet=True)
+    options: dict[str, Any] = {"prior": prior, "snapshots": piece.method.checkpoints, "resume": True, "quiet": True}
     with open_run(folder) as run:
         run.write_text("config.yaml", to_yaml(config))
         train_concept(bench.trainee, pictures, config, run, **options)
         run.write_text("made.json", json.dumps(_made(bench.trainee, start)))
     return folder
-
-
-def class_pictures(bench: StudyBench, config: ConceptConfig) -> Mapping[str, list[Picture]]:
-    """What the base itself draws of the class, for prior preservation; drawn where it is not there yet."""
-    sample = f"{config.data.style}-{prior.STEPS}-{prior.GUIDANCE:g}"
-    side = "" if config.resolution is None else f"-{config.resolution}"
-    folder = bench.config.cache / "prior" / f"{bench.trainee.hash}-{sample}{side}"
-    return prior.prior_pictures(bench.trainee, config, folder, quiet=True)
 
 
 def draw(bench: StudyBench, piece: Piece) -> Path:
