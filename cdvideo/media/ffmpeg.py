@@ -79,6 +79,7 @@ def encode(
     """
     import imageio_ffmpeg
 
+    path = path.resolve()  # of a name like -x, concat:y or http:z ffmpeg would make an option or a protocol
     first = next(frames)
     encoder = find_encoder(codec)
     tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709"
