@@ -184,7 +184,8 @@ def read_with_ffmpeg(path: Path, contents: Contents, fps: float | None) -> Itera
         UnreadableError: where it comes to nothing more, with what ffmpeg says.
     """
     filters = ["bwdif=mode=send_frame:deint=interlaced"] if contents.deinterlace else []
-    filters += ["scale=w='if(between(sar,1/4,4),max(1,round(iw*sar)),iw)':h=ih", "setsar=1"]  # as players stretch them
+    # Pixels that are not square are stretched, never squeezed, as players do it; beyond 4 : 1 it is not believed.
+    filters += ["scale=w='if(between(sar,1,4),round(iw*sar),iw)':h='if(between(sar,1/4,1),round(ih/sar),ih)'", "setsar=1"]
     if fps is not None:
         filters += ["setpts=PTS-STARTPTS", f"fps={fps}:round=up:start_time=0"]
     form = ["-pix_fmt", "rgb24" if contents.opaque else "rgba", "-c:v", "pam", "-f", "image2pipe", "-"]
@@ -219,7 +220,7 @@ def _ffmpeg_reads(path: Path) -> list[str]:
     """ffmpeg with a film as its input: of its name nothing is an option or a protocol, of its contents nothing is fetched."""
     import imageio_ffmpeg
 
-    bounds = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _CONTAINERS, "-max_pixels", str(MOST_PIXELS)]
+    bounds = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _CONTAINERS, "-max_pixels", str(2 * MOST_PIXELS)]
     said = ["-hide_banner", "-nostdin", "-loglevel", "level+info", "-nostats"]
     # V: no pictures of covers.
     return [imageio_ffmpeg.get_ffmpeg_exe(), *said, *bounds, "-i", f"file:{path.resolve()}", "-map", "0:V:0"]
@@ -231,7 +232,8 @@ def _check_size(video: str) -> None:
     if size is None:
         raise UnreadableError("its size is not known")
     width, height = int(size[1]), int(size[2])
-    if width * height * max(1.0, _pixel_aspect(video)) > MOST_PIXELS:
+    aspect = _pixel_aspect(video)
+    if width * height * max(aspect, 1 / aspect) > MOST_PIXELS:
         raise UnreadableError(f"frames of {width} x {height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
 
 

@@ -6,8 +6,11 @@ Each frame carries its own number, in six squares of black and white that no cod
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,15 +131,20 @@ def test_every_frame_once_and_in_order(
         assert (look_through(film).oddity is None) == by_decord
 
 
-@pytest.mark.parametrize("encoder", [X264, OPEN_GOP, REFRESH])
-@pytest.mark.parametrize("name", ["trimmed.mp4", "trimmed.mov", "trimmed.mkv", "trimmed.ts"])
-def test_films_cut_without_encoding_them_anew(tmp_path: Path, name: str, encoder: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "name", "first"),
+    [(X264, "trimmed.mp4", 12), (X264, "trimmed.mov", 12), (X264, "trimmed.mkv", 8), (X264, "trimmed.ts", 8),
+     (OPEN_GOP, "trimmed.mp4", 12), (OPEN_GOP, "trimmed.mov", 12), (OPEN_GOP, "trimmed.mkv", 8),
+     (REFRESH, "trimmed.mp4", 12), (X265, "trimmed.mp4", 12), (VP9, "trimmed.webm", 8), (VP9, "trimmed.mp4", 12)],
+)  # fmt: skip
+def test_films_cut_without_encoding_them_anew(
+    tmp_path: Path, encoder: tuple[str, ...], name: str, first: int
+) -> None:
     """mp4 and mov keep the frames before the cut, and a list that hides them; the others begin with a key frame."""
-    cut = copied(make(tmp_path / "whole.mp4", *encoder), name, before=["-ss", "0.46"])
-    every = [number_in(frame) for frame in iter_clip(cut)]
-    assert every == list(range(every[0], COUNT))
-    assert every[0] in ((11,) if name.endswith(("mp4", "mov")) else (8, 9, 10, 11))
-    assert [number_in(frame) for frame in iter_clip(cut, fps=8)] == every[::3]
+    encoder = (*encoder, "log-level=error") if encoder is X265 else encoder
+    cut = copied(make(tmp_path / "whole.mkv", *encoder), name, before=["-ss", "0.49"])
+    assert [number_in(frame) for frame in iter_clip(cut)] == list(range(first, COUNT))
+    assert [number_in(frame) for frame in iter_clip(cut, fps=8)] == list(range(first, COUNT, 3))
 
 
 def test_a_recording_that_begins_amid_a_group_of_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,11 +202,15 @@ def test_transparent_films_are_laid_on_white(tmp_path: Path) -> None:
 
 
 def test_films_of_fields_are_without_combs(tmp_path: Path) -> None:
-    """Each field is of another moment: where the white square is in one only, no row is white among black ones."""
-    fields = ("-vf", "tinterlace=interleave_top,setfield=tff", "-flags", "+ilme+ildct")
+    """Two fields of two moments, 1 and 2, 3 and 4, ...: the second square is white in one of both."""
+    fields = ("-vf", "trim=start_frame=1,tinterlace=interleave_top,setfield=tff", "-flags", "+ilme+ildct")
     film = make(tmp_path / "film.mp4", "-c:v", "libx264", "-crf", "5", *fields)
-    frame = read_clip(film)[6].astype(int)[4 : HEIGHT // 2 - 4, 4:12].mean(axis=(1, 2))
-    assert np.abs(np.diff(frame)).max() < 60, "the lowest bit changes from field to field"
+    assert look_through(film).deinterlace
+    read = read_clip(film)
+    assert len(read) == 11
+    for index, frame in enumerate(read):
+        rows = frame.astype(int)[4 : HEIGHT // 2 - 4, SQUARE + 4 : 2 * SQUARE - 4].mean(axis=(1, 2))
+        assert np.abs(rows - (235 if index % 2 else 16)).max() < 30, "what the first field shows"
 
 
 def test_decord_is_used_where_it_is_right(tmp_path: Path) -> None:
@@ -209,7 +221,7 @@ def test_decord_is_used_where_it_is_right(tmp_path: Path) -> None:
     assert contents.starts.tolist() == pytest.approx([index / 24 for index in EVERY], abs=1e-4)
     refresh = make(tmp_path / "refresh.mp4", *REFRESH)
     with pytest.raises(films.UnreadableError, match="no decoder can begin"):
-        list(read_with_decord(refresh, look_through(refresh), 2))
+        list(read_with_decord(refresh, look_through(refresh), 3))
 
 
 def test_decord_is_left_where_it_tells_other_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,14 +247,14 @@ def test_a_damaged_film_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture
 # Names and scripts
 
 
-@pytest.mark.parametrize("name", ["-x", "concat:y", "http:z", "a%03d", "file:x", "pipe:", "a b'c"])
+@pytest.mark.parametrize("name", ["-x", "concat:y", "http:z", "a%03d b'c"])
 def test_names_that_ffmpeg_would_take_for_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A folder and a file of each name, given as they stand, written and read."""
     monkeypatch.chdir(tmp_path)
     frames = [numbered(index) for index in range(6)]
-    for path in (Path(name) / "film.mp4", Path(f"{name}.mp4"), Path(f"{name}.webm")):
+    for path in (Path(name) / "film.mp4", Path(f"{name}.mp4")):
         write_video(frames, path, fps=8, metadata={})
         assert [number_in(frame) for frame in iter_clip(path)] == list(range(6))
         assert [number_in(frame) for frame in films.read_with_ffmpeg(path, look_through(path), 8)] == list(range(6))
@@ -272,7 +284,7 @@ def test_frames_beyond_all_measure_are_refused_before_one_is_decoded(
     monkeypatch.setattr(films, "MOST_PIXELS", WIDTH * HEIGHT - 1)
     with pytest.raises(UserError, match="frames of 96 x 64 pixels, more than"):
         read_clip(film)
-    monkeypatch.setattr(films, "MOST_PIXELS", WIDTH * HEIGHT)
+    monkeypatch.setattr(films, "MOST_PIXELS", WIDTH * HEIGHT + 1)
     assert len(read_clip(film)) == COUNT
     wide = make(tmp_path / "wide.mp4", *X264, "-vf", "setsar=2/1")
     with pytest.raises(UserError, match="more than"):
@@ -367,8 +379,16 @@ def test_a_comment_that_is_not_of_ours(tmp_path: Path, comment: str) -> None:
     assert [number_in(frame) for frame in iter_clip(tmp_path, fps=8)] == [0, 1, 2]
 
 
+def png_of(width: int, height: int) -> bytes:
+    """The beginning of a grey PNG: so much is read before its pixels are asked for."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def test_a_frame_of_too_many_pixels_is_told(tmp_path: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes(png_of(20_000, 20_000))
     with pytest.raises(UserError, match=r"0\.png in .* can not be read \(20000 x 20000 pixels"):
         read_clip(tmp_path)
 
@@ -394,8 +414,6 @@ def test_letters_that_a_terminal_has_not_are_replaced(tmp_path: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
