@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _READABLE = "a film (mp4, webm, mov, ...), an animation (gif, webp, png), a picture, or a folder of numbered pictures"
 _MOST_BYTES = 1 << 32  # of a clip in one array
 _FLASH = 10  # milliseconds: up to here a frame's duration is taken to be none, and that is a tenth of a second
-_LARGE_SIDE = 4096  # pixels on the short side of a picture of more than MOST_PIXELS
+_LARGE_SIDE = 2048  # pixels on the short side of a picture of more than MOST_PIXELS
 _RATES = (0.01, 1000.0)  # frames a second that a file may ask for
 
 

@@ -65,6 +65,8 @@ def open_picture(file: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
             raise UnknownKindError("no picture") from error
         finally:
             Image.MAX_IMAGE_PIXELS = bound
+    if image.format == "TIFF":
+        image.filename = ""  # with it Pillow maps uncompressed pixels, and those of a turned picture with sides swapped
     most = MOST_JPEG_PIXELS if image.format in ("JPEG", "MPO") else most_pixels
     if image.width * image.height > most:
         image.close()
