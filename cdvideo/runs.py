@@ -115,7 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def legal_name(text: str) -> str:
-    """A text as a file's or folder's name on every system: Windows forbids some characters, some names, and dots behind."""
+    """A text as a file's name on every system: Windows forbids some characters, some names, and dots at the end."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "-", text).rstrip(". ")
     device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)
     return f"_{name}" if device or not name else name

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, ImageSequence
 from cdvideo.errors import UserError
 from cdvideo.media.colours import to_rgb
 from cdvideo.media.films import (
+    MOST_FRAMES,
     MOST_PIXELS,
     SLACK,
     Frame,
@@ -60,10 +61,10 @@ def read_clip(
     read: list[Frame] = []
     for frame in islice(iter_clip(path, fps=fps), frames):
         read.append(frame if size is None else _fit(frame, size))
-        if len(read) * read[0].nbytes > _MOST_BYTES:
+        if len(read) * read[0].nbytes > _MOST_BYTES or len(read) > MOST_FRAMES:
             raise UserError(
                 f"{path.name}: {len(read)} frames of {_size(read[0])} pixels, and more to come",
-                allowed=f"{_MOST_BYTES >> 30} GB of frames at once",
+                allowed=f"{_MOST_BYTES >> 30} GB of frames at once, and {MOST_FRAMES}",
                 do="give `frames` or a smaller `size`, or take them one by one with iter_clip",
             )
         if read[-1].shape != read[0].shape:
@@ -192,7 +193,7 @@ def _read_folder(folder: Path, fps: float | None) -> Iterator[Frame]:
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    """A folder's PNGs, or, where it has none, its pictures of the kind that most are of; in the order of their numbers."""
+    """A folder's PNGs, or, where it has none, its pictures of the most frequent kind, in the order of their numbers."""
     kinds: dict[str, list[Path]] = {}
     for file in folder.iterdir():
         if file.suffix.lower() in picture_suffixes() and not file.name.startswith(".") and file.is_file():

@@ -1,15 +1,16 @@
 """Films in: which of two readers can be trusted with a file, and both of them.
 
 decord is the faster one, but it carries an FFmpeg of 2018 and counts frames from one key frame to the next in the order
-in which they are stored. Where that is not the order in which they are shown (open GOPs), where some are not shown at
-all (a film that was cut without encoding it anew), or in containers of broadcast and of old, it gives frames twice, late
-or not at all. So it is given a film only after imageio's ffmpeg has listed all packets of it, and these are plain;
-and only if it tells the same times. It does not turn what a phone has filmed upright either, nor stretch pixels. All
-else is read by ffmpeg: slower, since it decodes every frame, and right.
+in which they are stored. Where they are shown in another order (open GOPs), where some are not shown at all (a film cut
+without being encoded anew), and in the containers of broadcast and of old, it gives frames twice, late or not at all.
+Nor does it turn what a phone has filmed upright, stretch pixels, or know HDR. So it is given a film only once imageio's
+ffmpeg has listed all packets of it and these are plain, and only if it tells the same times. All else is read by
+ffmpeg: slower at a low rate, since it decodes every frame, and right.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import subprocess
@@ -25,12 +26,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from cdvideo.media.colours import to_rgb
+from cdvideo.media.ffmpeg import encoder_names, filter_names
+
+logger = logging.getLogger(__name__)
 
 Frame = npt.NDArray[np.uint8]  # frame_HWC, RGB
 
 SLACK = 1e-3  # seconds by which a frame may begin late: containers round times to milliseconds, gifs to hundredths
 MOST_PIXELS = 1 << 26  # of a frame, 8192 x 8192: 0.2 GB
 MOST_FRAMES = 1_000_000  # four hours at 60 a second
+_LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _PATIENCE = 120  # seconds in which ffmpeg must look through a file, and in which it must give each frame
 
 # Names of ffmpeg's readers. Playlists (HLS, DASH, ffconcat, SDP) are not among them: they name other files.
@@ -59,6 +64,7 @@ class Contents:
         oddity: why decord is not to read it; None where it may.
         deinterlace: whether its frames are two fields each, filmed one after the other.
         opaque: whether it has no transparency.
+        hdr: the transfer curve of a film of high dynamic range, as most phones film; None of any other.
     """
 
     starts: npt.NDArray[np.float64]
@@ -68,6 +74,7 @@ class Contents:
     oddity: str | None
     deinterlace: bool
     opaque: bool
+    hdr: str | None
 
 
 def look_through(path: Path) -> Contents:
@@ -103,20 +110,22 @@ def look_through(path: Path) -> Contents:
     assert unit, "framecrc tells its unit of time"
     times, lengths = (np.array([int(packet[column]) for packet in packets]) for column in (2, 3))
     deinterlace = bool(re.search(r"(top|bottom) (coded )?first", video))
-    opaque = not re.search(r"\b(yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8)", video)
+    opaque = not re.search(r"\b(yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8)|alpha_mode\s*: 1", about)
+    hdr = re.search(r"\b(smpte2084|arib-std-b67)\b", video)
+    marks = deinterlace, opaque, hdr[1] if hdr else None
     flags = np.array([_flags(packet) for packet in packets])
     codec, keys = video.split()[0].rstrip(","), int((flags & _KEY).sum())
     oddity = fault or _oddity(about, videos, codec) or _disorder(times, flags)
-    if oddity is None and (deinterlace or not opaque):
-        oddity = "fields, or transparency, which decord does not heed"
+    if oddity is None and (deinterlace or not opaque or hdr):
+        oddity = "fields, transparency or HDR, which decord does not heed"
     if oddity is not None:
-        return Contents(np.zeros(0), 0.0, codec, keys, oddity, deinterlace, opaque)
+        return Contents(np.zeros(0), 0.0, codec, keys, oddity, *marks)
     order, seconds = np.argsort(times), int(unit[1]) / int(unit[2])
     starts = (times[order] - times[order[0]]) * seconds
     length = lengths[order[-1]] * seconds
     if length <= 0:  # not told: as long as the one before it
         length = starts[-1] - starts[-2] if len(starts) > 1 else 1 / 25
-    return Contents(starts, float(starts[-1] + length), codec, keys, None, deinterlace, opaque)
+    return Contents(starts, float(starts[-1] + length), codec, keys, None, *marks)
 
 
 def read_with_decord(path: Path, contents: Contents, fps: float | None) -> Iterator[Frame]:
@@ -184,12 +193,18 @@ def read_with_ffmpeg(path: Path, contents: Contents, fps: float | None) -> Itera
         UnreadableError: where it comes to nothing more, with what ffmpeg says.
     """
     filters = ["bwdif=mode=send_frame:deint=interlaced"] if contents.deinterlace else []
-    # Pixels that are not square are stretched, never squeezed, as players do it; beyond 4 : 1 it is not believed.
-    filters += ["scale=w='if(between(sar,1,4),round(iw*sar),iw)':h='if(between(sar,1/4,1),round(ih/sar),ih)'", "setsar=1"]
     if fps is not None:
         filters += ["setpts=PTS-STARTPTS", f"fps={fps}:round=up:start_time=0"]
+    if contents.hdr is not None:
+        filters += _tone_mapping(path, contents.hdr)
+    # Pixels that are not square are stretched, never squeezed, as players do it; beyond 4 : 1 it is not believed.
+    width, height = "if(between(sar,1,4),round(iw*sar),iw)", "if(between(sar,1/4,1),round(ih/sar),ih)"
+    filters += [f"scale=w='{width}':h='{height}'", "setsar=1"]
     form = ["-pix_fmt", "rgb24" if contents.opaque else "rgba", "-c:v", "pam", "-f", "image2pipe", "-"]
-    command = [*_ffmpeg_reads(path), "-vf", ",".join(filters), "-fps_mode", "passthrough", *form]
+    # ffmpeg's own decoders of VP8 and VP9 leave transparency out.
+    able = not contents.opaque and _LIBVPX.get(contents.codec) in encoder_names()
+    decoder = ["-c:v", _LIBVPX[contents.codec]] if able else []
+    command = [*_ffmpeg_reads(path, *decoder), "-vf", ",".join(filters), "-fps_mode", "passthrough", *form]
     said: list[bytes] = []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
@@ -216,18 +231,34 @@ def read_with_ffmpeg(path: Path, contents: Contents, fps: float | None) -> Itera
         process.stderr.close()
 
 
-def _ffmpeg_reads(path: Path) -> list[str]:
-    """ffmpeg with a film as its input: of its name nothing is an option or a protocol, of its contents nothing is fetched."""
+def _tone_mapping(path: Path, transfer: str) -> list[str]:
+    """Filters from HDR to sRGB: diffuse white, 203 cd/m2 (ITU-R BT.2408), is white; what is brighter is squeezed in."""
+    if "zscale" not in filter_names():
+        logger.warning("%s is HDR: its colours will be pale, since this ffmpeg lacks the filter zscale", path.name)
+        return []
+    return [
+        f"zscale=pin=bt2020:min=bt2020nc:tin={transfer}:t=linear:npl=203",
+        "format=gbrpf32le",
+        "zscale=p=bt709",
+        "tonemap=mobius:param=0.8:desat=0",
+        "zscale=t=iec61966-2-1:m=gbr:r=full",
+        "format=gbrp",
+    ]
+
+
+def _ffmpeg_reads(path: Path, *options: str) -> list[str]:
+    """ffmpeg with a film as its input, whatever its name looks like; what its contents name is not fetched."""
     import imageio_ffmpeg
 
     bounds = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _CONTAINERS, "-max_pixels", str(2 * MOST_PIXELS)]
+    bounds += ["-threads", "4"]  # each holds frames of its own
     said = ["-hide_banner", "-nostdin", "-loglevel", "level+info", "-nostats"]
     # V: no pictures of covers.
-    return [imageio_ffmpeg.get_ffmpeg_exe(), *said, *bounds, "-i", f"file:{path.resolve()}", "-map", "0:V:0"]
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *said, *bounds, *options, "-i", f"file:{path.resolve()}", "-map", "0:V:0"]
 
 
 def _check_size(video: str) -> None:
-    """Refuses frames beyond MOST_PIXELS, as they are stored or as they are stretched, by ffmpeg's line on the stream."""
+    """Refuses frames beyond MOST_PIXELS, as they are stored or stretched, by ffmpeg's line on the stream."""
     size = re.search(r", (\d+)x(\d+)", video)
     if size is None:
         raise UnreadableError("its size is not known")

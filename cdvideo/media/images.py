@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +137,8 @@ def _claims_to_be_a_picture(file: Path) -> bool:
 
 def pictures_below(folder: Path) -> Iterator[tuple[str, int]]:
     """The folders below one that hold pictures, each by its path from there, and how many it holds."""
-    looked_at = 0
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in islice(os.walk(folder), _FOLDERS_LOOKED_AT):
         folders.sort()
-        looked_at += 1
-        if looked_at > _FOLDERS_LOOKED_AT:
-            return
         count = sum(_claims_to_be_a_picture(Path(name)) for name in files)
         if count and Path(place) != folder:
             yield str(Path(place).relative_to(folder)), count

@@ -1,7 +1,7 @@
-"""Picture files opened: by a list of formats that is kept short, within bounds, and named where they are something else.
+"""Picture files opened: by a short list of formats, within bounds, and named where they are something else.
 
-Pillow left to itself tries all its readers on every file, whatever its name: a PostScript file called dog.jpg would start
-Ghostscript.
+Pillow left to itself tries all its readers on every file, whatever its name: a PostScript file called dog.jpg would
+start Ghostscript.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-# TGA and its like have no mark at their beginning, so that anything may look like one; the rest are rare or run programs.
+# TGA and its like have no mark at their beginning, so that anything may look like one; others are rare or run programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
 READABLE = "PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF or JPEG 2000"
 PHONE_SUFFIXES = frozenset({".heic", ".heif"})  # pictures to their owner, though Pillow can not read them

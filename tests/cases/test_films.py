@@ -1,4 +1,4 @@
-"""Films as cameras, phones, discs, broadcast and editing programs leave them: every frame once, in order, as it is shown.
+"""Films as cameras, discs, broadcast and editing programs leave them: every frame once, in order, as it is shown.
 
 Each frame carries its own number, in six squares of black and white that no codec can blur away.
 """
@@ -24,6 +24,7 @@ from cdvideo.errors import UserError
 from cdvideo.media import clips, films
 from cdvideo.media.clips import iter_clip, read_clip
 from cdvideo.media.export import write_video
+from cdvideo.media.ffmpeg import filter_names
 from cdvideo.media.films import look_through, read_with_decord
 from cdvideo.runs import legal_name
 
@@ -137,9 +138,7 @@ def test_every_frame_once_and_in_order(
      (OPEN_GOP, "trimmed.mp4", 12), (OPEN_GOP, "trimmed.mov", 12), (OPEN_GOP, "trimmed.mkv", 8),
      (REFRESH, "trimmed.mp4", 12), (X265, "trimmed.mp4", 12), (VP9, "trimmed.webm", 8), (VP9, "trimmed.mp4", 12)],
 )  # fmt: skip
-def test_films_cut_without_encoding_them_anew(
-    tmp_path: Path, encoder: tuple[str, ...], name: str, first: int
-) -> None:
+def test_films_cut_without_encoding_them_anew(tmp_path: Path, encoder: tuple[str, ...], name: str, first: int) -> None:
     """mp4 and mov keep the frames before the cut, and a list that hides them; the others begin with a key frame."""
     encoder = (*encoder, "log-level=error") if encoder is X265 else encoder
     cut = copied(make(tmp_path / "whole.mkv", *encoder), name, before=["-ss", "0.49"])
@@ -197,8 +196,36 @@ def test_a_turned_film_of_wide_pixels(tmp_path: Path) -> None:
 
 
 def test_transparent_films_are_laid_on_white(tmp_path: Path) -> None:
-    clear = make(tmp_path / "clear.mov", "-vf", "format=argb,colorchannelmixer=aa=0", "-c:v", "qtrle", pixels="argb")
-    assert (read_clip(clear) == 255).all()
+    clear = ("-vf", "format=argb,colorchannelmixer=aa=0")
+    for name, encoder, pixels in (
+        ("clear.mov", ("-c:v", "qtrle"), "argb"),
+        ("clear4444.mov", ("-c:v", "prores_ks", "-profile:v", "4444"), "yuva444p10le"),
+        ("clear.webm", VP9, "yuva420p"),
+        ("clear8.webm", ("-c:v", "libvpx", "-auto-alt-ref", "0"), "yuva420p"),
+    ):
+        assert (read_clip(make(tmp_path / name, *clear, *encoder, pixels=pixels)) > 250).all(), name
+
+
+@pytest.mark.skipif("zscale" not in filter_names(), reason="this ffmpeg has not the filter")
+@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
+def test_films_of_high_dynamic_range(tmp_path: Path, transfer: str) -> None:
+    """Colours of sRGB, stored as HLG or PQ in BT.2020 as phones do it, come back; white is a little below 255."""
+    colours = [(200, 70, 60), (80, 180, 80), (60, 80, 190), (120, 120, 120), (20, 20, 20), (255, 255, 255)]
+    raw = b"".join(np.full((HEIGHT, WIDTH, 3), colour, np.uint8).tobytes() for colour in colours)
+    filters = [
+        "format=gbrp",
+        "setparams=colorspace=gbr:color_primaries=bt709:color_trc=iec61966-2-1:range=pc",
+        "zscale=tin=iec61966-2-1:pin=bt709:min=gbr:rin=full:t=linear:npl=203",
+        "format=gbrpf32le",
+        f"zscale=pin=bt709:tin=linear:min=gbr:p=bt2020:t={transfer}:m=bt2020nc:r=limited:npl=203",
+        "format=yuv420p10le",
+    ]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-framerate", "8", "-i", "-"]
+    tags = ["-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc"]
+    film = tmp_path / "film.mp4"
+    ffmpeg(*source, "-vf", ",".join(filters), *X265, "log-level=error", *tags, film, frames=raw)
+    for frame, colour in zip(read_clip(film), colours, strict=True):
+        assert np.abs(frame[HEIGHT // 2, WIDTH // 2].astype(int) - colour).max() < (25 if colour == (255,) * 3 else 6)
 
 
 def test_films_of_fields_are_without_combs(tmp_path: Path) -> None:
@@ -227,7 +254,7 @@ def test_decord_is_used_where_it_is_right(tmp_path: Path) -> None:
 def test_decord_is_left_where_it_tells_other_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = make(tmp_path / "plain.mp4", *X264)
     contents = look_through(film)
-    shifted = films.Contents(contents.starts * 1.1, contents.end, "h264", contents.keys, None, False, True)
+    shifted = films.Contents(contents.starts * 1.1, contents.end, "h264", contents.keys, None, False, True, None)
     monkeypatch.setattr(clips, "look_through", lambda path: shifted)
     with pytest.raises(films.UnreadableError, match="other times"):
         next(read_with_decord(film, shifted, None))
@@ -306,7 +333,7 @@ def test_an_ffmpeg_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     contents = look_through(film)
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(films, "_PATIENCE", 0.3)
-    monkeypatch.setattr(films, "_ffmpeg_reads", lambda path: sleeper)
+    monkeypatch.setattr(films, "_ffmpeg_reads", lambda path, *_: sleeper)
     with pytest.raises(films.UnreadableError, match="ffmpeg ended"):
         list(films.read_with_ffmpeg(film, contents, None))
     with pytest.raises(UserError, match="ffmpeg has not got through it"):
@@ -383,7 +410,9 @@ def png_of(width: int, height: int) -> bytes:
     """The beginning of a grey PNG: so much is read before its pixels are asked for."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = b"IDAT" + zlib.compress(bytes(1000))
-    chunks = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data))
+    chunks = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data)
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 

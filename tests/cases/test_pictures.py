@@ -31,7 +31,8 @@ def only(folder: Path, **options: int) -> Image.Image:
 
 
 def close(image: Image.Image, colour: tuple[int, ...], *, levels: int = 4) -> bool:
-    return max(abs(a - b) for a, b in zip(image.getpixel((image.width // 2, image.height // 2)), colour)) <= levels
+    seen = image.getpixel((image.width // 2, image.height // 2))
+    return max(abs(a - b) for a, b in zip(seen, colour, strict=True)) <= levels
 
 
 # F05: colour profiles
@@ -41,29 +42,35 @@ def fixed(value: float) -> bytes:
     return struct.pack(">i", round(value * 65536))
 
 
-def profile(*, space: bytes = b"RGB ", gamma: float = 2.2, primaries: tuple[tuple[float, ...], ...] = ()) -> bytes:
-    """A colour profile of matrix and curve, as written in ICC.1 (section 8.3): without primaries, those of sRGB."""
-    primaries = primaries or ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    name = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
-    tags = {b"desc": name, b"cprt": b"text\0\0\0\0none\0", b"wtpt": b"XYZ \0\0\0\0" + bytes().join(map(fixed, WHITE))}
-    if space == b"GRAY":
-        tags[b"kTRC"] = curve
-    else:
-        for letter, primary in zip(b"rgb", primaries, strict=True):
-            tags[bytes([letter]) + b"XYZ"] = b"XYZ \0\0\0\0" + bytes().join(map(fixed, primary))
-            tags[bytes([letter]) + b"TRC"] = curve
+WHITE = (0.9642, 1.0, 0.8249)
+
+
+def packed(tags: dict[bytes, bytes], kinds: bytes) -> bytes:
+    """A profile by ICC.1 (section 7); `kinds` are those of the device, of its colours and of the space between."""
+    tags = {b"cprt": b"text\0\0\0\0none\0", b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(fixed, WHITE)), **tags}
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
     table, data, at = b"", b"", 132 + 12 * len(tags)
     for tag, value in tags.items():
-        value += bytes(-len(value) % 4)
         table += tag + struct.pack(">II", at + len(data), len(value))
-        data += value
-    head = b"none" + bytes([2, 16, 0, 0]) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp" + bytes(28)
-    head += bytes().join(map(fixed, WHITE)) + bytes(48)
+        data += value + bytes(-len(value) % 4)
+    head = b"none" + bytes([2, 16, 0, 0]) + kinds + bytes(12) + b"acsp" + bytes(28)
+    head += b"".join(map(fixed, WHITE)) + bytes(48)
     return struct.pack(">I", at + len(data)) + head + struct.pack(">I", len(tags)) + table + data
 
 
-WHITE = (0.9642, 1.0, 0.8249)
+def profile(*, space: bytes = b"RGB ", gamma: float = 2.2, primaries: tuple[tuple[float, ...], ...] = ()) -> bytes:
+    """A profile of matrix and curve; without primaries, those of sRGB."""
+    primaries = primaries or ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    if space == b"GRAY":
+        return packed({b"kTRC": curve}, b"mntrGRAYXYZ ")
+    tags = {}
+    for letter, primary in zip((b"r", b"g", b"b"), primaries, strict=True):
+        tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(map(fixed, primary))
+        tags[letter + b"TRC"] = curve
+    return packed(tags, b"mntrRGB XYZ ")
+
+
 ADOBE = profile(primaries=((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)))
 P3 = profile(primaries=((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)))
 PROPHOTO = profile(gamma=1.8, primaries=((0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491)))
@@ -111,23 +118,12 @@ def test_profiles_of_grey_of_palettes_and_with_transparency(tmp_path: Path) -> N
 
 
 def ink_profile() -> bytes:
-    """A profile of inks (ICC.1, section 10.10): cyan alone is seen as a grey of L* 50, paper is white, all else black."""
-    grid = bytes().join(
-        bytes([255, 128, 128]) if not any(inks) else bytes([128, 128, 128]) if inks == (1, 0, 0, 0) else bytes([0, 128, 128])
-        for inks in product((0, 1), repeat=4)
-    )
+    """A profile of a table: cyan alone is seen as a grey of L* 50, paper as white, all else black."""
+    seen = {(0, 0, 0, 0): [255, 128, 128], (1, 0, 0, 0): [128, 128, 128]}
+    grid = b"".join(bytes(seen.get(inks, [0, 128, 128])) for inks in product((0, 1), repeat=4))
     same = bytes(range(256))
-    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + bytes().join(map(fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
-    table += same * 4 + grid + same * 3
-    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"inks\0" + bytes(79), b"A2B0": table + bytes(-len(table) % 4)}
-    tags |= {b"cprt": b"text\0\0\0\0none\0\0\0\0", b"wtpt": b"XYZ \0\0\0\0" + bytes().join(map(fixed, WHITE))}
-    index, data, at = b"", b"", 132 + 12 * len(tags)
-    for tag, value in tags.items():
-        index += tag + struct.pack(">II", at + len(data), len(value))
-        data += value
-    head = b"none" + bytes([2, 16, 0, 0]) + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
-    head += bytes().join(map(fixed, WHITE)) + bytes(48)
-    return struct.pack(">I", at + len(data)) + head + struct.pack(">I", len(tags)) + index + data
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + b"".join(map(fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    return packed({b"A2B0": table + same * 4 + grid + same * 3}, b"prtrCMYKLab ")
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "jpg"])
@@ -145,9 +141,7 @@ def test_a_profile_of_srgb_changes_no_pixel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "icc", [b"no profile at all", ADOBE[:200], profile(space=b"GRAY"), bytes(128)], ids=["text", "cut", "grey", "zeros"]
 )
-def test_a_broken_profile_is_said_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, icc: bytes
-) -> None:
+def test_a_broken_profile_is_said_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, icc: bytes) -> None:
     for name in "abc":
         Image.new("RGB", (64, 48), RED).save(tmp_path / f"{name}.png", icc_profile=icc)
     assert all(close(picture.image, RED, levels=0) for picture in read_pictures(tmp_path))
@@ -208,7 +202,9 @@ def test_what_is_too_large_is_told_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(png_of(60_000, 60_000))
     with pytest.raises(UserError) as caught:
         read_pictures(tmp_path)
-    assert "huge.png: can not be read (60000 x 60000 pixels, more than 178 million: make it smaller)" in str(caught.value)
+    assert "huge.png: can not be read (60000 x 60000 pixels, more than 178 million: make it smaller)" in str(
+        caught.value
+    )
     assert "attack" not in str(caught.value)
     with pytest.raises(UserError, match="60000 x 60000 pixels, more than 178 million"):
         read_clip(tmp_path / "huge.png")
@@ -317,7 +313,9 @@ def test_no_picture_starts_another_program(tmp_path: Path, monkeypatch: pytest.M
 
 def test_pillow_never_chooses_among_all_its_readers() -> None:
     package = Path(__file__).parents[2] / "cdvideo"
-    calls = [line for file in package.rglob("*.py") for line in file.read_text("utf-8").splitlines() if "Image.open(" in line]
+    calls = [
+        line for file in package.rglob("*.py") for line in file.read_text("utf-8").splitlines() if "Image.open(" in line
+    ]
     assert calls and all("formats=" in line for line in calls)
 
 
@@ -327,7 +325,9 @@ def test_pictures_in_subfolders_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     deeper.mkdir(parents=True)
     for index in range(4):
         Image.new("RGB", (64, 48), RED).save(deeper / f"{index}.png")
-    with pytest.raises(UserError, match=r"no pictures in .* itself, but below it: img.10_sks dog \(4 pictures\)") as caught:
+    with pytest.raises(
+        UserError, match=r"no pictures in .* itself, but below it: img.10_sks dog \(4 pictures\)"
+    ) as caught:
         read_pictures(tmp_path)
     assert caught.value.do == f'name the folder that holds them: --images "{deeper}"'
     assert len(read_pictures(deeper)) == 4 and not caplog.records
@@ -343,7 +343,12 @@ def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
 ) -> None:
     first, second = (Image.new("RGB", (64, 48), colour) for colour in (RED, BLUE))
-    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], **({"lossless": True} if suffix == "webp" else {}))
+    first.save(
+        tmp_path / f"a.{suffix}",
+        save_all=True,
+        append_images=[second],
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
     assert close(only(tmp_path), RED)
     assert f"a.{suffix} holds several pictures: the first is taken" in caplog.text
 

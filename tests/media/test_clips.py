@@ -15,8 +15,8 @@ from PIL import Image
 from cdvideo.errors import UserError
 from cdvideo.media.clips import iter_clip, read_clip
 from cdvideo.media.export import write_video
-from cdvideo.media.films import UnreadableError, look_through, read_with_decord, read_with_ffmpeg
 from cdvideo.media.ffmpeg import ENCODERS, encoder_names
+from cdvideo.media.films import UnreadableError, look_through, read_with_decord, read_with_ffmpeg
 from tests.media.test_export import make_frames, mean_difference
 
 HAS_AV1 = bool(encoder_names() & {encoder.name for encoder in ENCODERS["av1"]})
