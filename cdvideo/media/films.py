@@ -15,6 +15,7 @@ import math
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -110,7 +111,8 @@ def look_through(path: Path) -> Contents:
     assert unit, "framecrc tells its unit of time"
     times, lengths = (np.array([int(packet[column]) for packet in packets]) for column in (2, 3))
     deinterlace = bool(re.search(r"(top|bottom) (coded )?first", video))
-    opaque = not re.search(r"\b(yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8)|alpha_mode\s*: 1", about)
+    clear = re.search(r"\b(yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8)", video)
+    opaque = not (clear or re.search(r"^\[info\]\s+alpha_mode\s*: 1", about, re.MULTILINE))
     hdr = re.search(r"\b(smpte2084|arib-std-b67)\b", video)
     marks = deinterlace, opaque, hdr[1] if hdr else None
     flags = np.array([_flags(packet) for packet in packets])
@@ -148,7 +150,8 @@ def read_with_decord(path: Path, contents: Contents, fps: float | None) -> Itera
         indices = list(range(len(told))) if fps is None else shown_at(contents, fps)
         # To leave frames out, decord seeks where a key frame lies between; not from every one can a decoder begin.
         sections = np.searchsorted(reader.get_key_indices(), indices, side="right")
-        seeks = bool(np.diff(indices)[np.diff(sections) > 0].sum() > len(told) / 2)  # or it is not worth a look
+        left_out = np.diff(indices) - 1
+        seeks = bool(left_out[np.diff(sections) > 0].sum() > len(told) / 2)  # else it is not worth a look
         if seeks and not _can_begin_at_key_frames(path, contents):
             raise UnreadableError("key frames at which no decoder can begin")
         read = section = 0
@@ -165,6 +168,8 @@ def read_with_decord(path: Path, contents: Contents, fps: float | None) -> Itera
             if frame.shape[2] != 3:
                 raise UnreadableError(f"decord gives arrays of {frame.shape}")
             yield frame
+    except subprocess.TimeoutExpired as error:
+        raise UnreadableError(f"ffmpeg has not got through it in {_PATIENCE} s") from error
     except (DECORDError, RuntimeError, IndexError, ValueError, MemoryError, AssertionError) as error:
         raise UnreadableError(str(error).strip().splitlines()[-1] if str(error) else repr(error)) from error
 
@@ -192,26 +197,14 @@ def read_with_ffmpeg(path: Path, contents: Contents, fps: float | None) -> Itera
     Raises:
         UnreadableError: where it comes to nothing more, with what ffmpeg says.
     """
-    filters = ["bwdif=mode=send_frame:deint=interlaced"] if contents.deinterlace else []
-    if fps is not None:
-        filters += ["setpts=PTS-STARTPTS", f"fps={fps}:round=up:start_time=0"]
-    if contents.hdr is not None:
-        filters += _tone_mapping(path, contents.hdr)
-    # Pixels that are not square are stretched, never squeezed, as players do it; beyond 4 : 1 it is not believed.
-    width, height = "if(between(sar,1,4),round(iw*sar),iw)", "if(between(sar,1/4,1),round(ih/sar),ih)"
-    filters += [f"scale=w='{width}':h='{height}'", "setsar=1"]
-    form = ["-pix_fmt", "rgb24" if contents.opaque else "rgba", "-c:v", "pam", "-f", "image2pipe", "-"]
-    # ffmpeg's own decoders of VP8 and VP9 leave transparency out.
-    able = not contents.opaque and _LIBVPX.get(contents.codec) in encoder_names()
-    decoder = ["-c:v", _LIBVPX[contents.codec]] if able else []
-    command = [*_ffmpeg_reads(path, *decoder), "-vf", ",".join(filters), "-fps_mode", "passthrough", *form]
-    said: list[bytes] = []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(_decoding(path, contents, fps), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
+    said: list[bytes] = []
     listener = threading.Thread(target=_listen, args=(process.stderr, said), daemon=True)
     listener.start()
     try:
         while True:
+            began = time.monotonic()
             patience = threading.Timer(_PATIENCE, process.kill)
             patience.start()
             try:
@@ -221,14 +214,36 @@ def read_with_ffmpeg(path: Path, contents: Contents, fps: float | None) -> Itera
             if frame is None:
                 break
             yield frame
-        if process.wait() != 0 or _first_fault(_text(said, listener)):
-            raise UnreadableError(_first_fault(_text(said, listener)) or f"ffmpeg ended with {process.returncode}")
+        if time.monotonic() - began >= _PATIENCE:
+            raise UnreadableError(f"ffmpeg has given no frame in {_PATIENCE} s")
+        status = process.wait()
+        listener.join()
+        fault = _first_fault(b"".join(said).decode("utf-8", errors="replace"))
+        if status != 0 or fault:
+            raise UnreadableError(fault or f"ffmpeg ended with {status}")
     finally:
         process.kill()
         process.wait()
         listener.join()
         process.stdout.close()
         process.stderr.close()
+
+
+def _decoding(path: Path, contents: Contents, fps: float | None) -> list[str]:
+    """ffmpeg that writes each frame as a picture, whose header tells its size."""
+    filters = ["bwdif=mode=send_frame:deint=interlaced"] if contents.deinterlace else []
+    if fps is not None:
+        filters += ["setpts=PTS-STARTPTS", f"fps={fps}:round=up:start_time=0"]
+    if contents.hdr is not None:
+        filters += _tone_mapping(path, contents.hdr)
+    # Pixels that are not square are stretched, never squeezed, as players do it; beyond 4 : 1 it is not believed.
+    width, height = "if(between(sar,1,4),round(iw*sar),iw)", "if(between(sar,1/4,1),round(ih/sar),ih)"
+    filters += [f"scale=w='{width}':h='{height}'", "setsar=1"]
+    # ffmpeg's own decoders of VP8 and VP9 leave transparency out.
+    able = not contents.opaque and _LIBVPX.get(contents.codec) in encoder_names()
+    decoder = ["-c:v", _LIBVPX[contents.codec]] if able else []
+    form = ["-pix_fmt", "rgb24" if contents.opaque else "rgba", "-c:v", "pam", "-f", "image2pipe", "-"]
+    return [*_ffmpeg_reads(path, *decoder), "-vf", ",".join(filters), "-fps_mode", "passthrough", *form]
 
 
 def _tone_mapping(path: Path, transfer: str) -> list[str]:
@@ -332,11 +347,6 @@ def _listen(stream: IO[bytes], said: list[bytes]) -> None:
     while piece := stream.read1(1 << 16):  # type: ignore[attr-defined]
         if sum(map(len, said)) < 1 << 16:
             said.append(piece)
-
-
-def _text(said: list[bytes], listener: threading.Thread) -> str:
-    listener.join()
-    return b"".join(said).decode("utf-8", errors="replace")
 
 
 def _first_fault(said: str) -> str | None:
