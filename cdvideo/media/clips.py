@@ -28,13 +28,14 @@ from cdvideo.media.films import (
     read_with_ffmpeg,
 )
 from cdvideo.media.images import pictures_below, read_picture
-from cdvideo.media.opening import NoPictureError, UnknownKindError, open_picture, picture_suffixes
+from cdvideo.media.opening import NoPictureError, UnknownKindError, open_picture, picture_suffixes, warnings_named
 
 logger = logging.getLogger(__name__)
 
 _READABLE = "a film (mp4, webm, mov, ...), an animation (gif, webp, png), a picture, or a folder of numbered pictures"
 _MOST_BYTES = 1 << 32  # of a clip in one array
 _FLASH = 10  # milliseconds: up to here a frame's duration is taken to be none, and that is a tenth of a second
+_LONGEST = 600_000  # milliseconds: a frame that is to be shown for longer is of a broken file, and would never end
 _LARGE_SIDE = 2048  # pixels on the short side of a picture of more than MOST_PIXELS
 _RATES = (0.01, 1000.0)  # frames a second that a file may ask for
 
@@ -117,6 +118,8 @@ def _read_film(path: Path, fps: float | None) -> Iterator[Frame]:
         contents = look_through(path)
     except UnreadableError as error:
         raise _unreadable(path, error, do="convert it to mp4") from error
+    if contents.drags and fps is not None:
+        raise _unreadable(path, "its times are broken: it would show each frame for minutes", do="convert it to mp4")
     for reader in (read_with_decord, read_with_ffmpeg):
         try:
             for frame in islice(reader(path, contents, fps), given, None):
@@ -162,12 +165,14 @@ def _timed_animation(path: Path) -> Iterator[tuple[float, Frame]]:
             return
         end = 0.0
         for index, image in enumerate(ImageSequence.Iterator(animation)):
-            image.load()  # the duration is known only then
+            with warnings_named(path.name):
+                image.load()  # the duration is known only then
+                frame = np.asarray(to_rgb(ImageOps.exif_transpose(image), name=path.name))
             if index == 0 and not still and image.info.get("default_image"):
                 continue  # what a reader shows that knows no animated PNG
             duration = image.info.get("duration") or 0
-            end += (duration if duration > _FLASH else 100) / 1000  # as browsers have it
-            yield end, np.asarray(to_rgb(ImageOps.exif_transpose(image), name=path.name))
+            end += min(duration if duration > _FLASH else 100, _LONGEST) / 1000  # as browsers have it
+            yield end, frame
             if still:
                 return
 
@@ -178,7 +183,7 @@ def _read_folder(folder: Path, fps: float | None) -> Iterator[Frame]:
     def frames() -> Iterator[Frame]:
         for file in files:
             try:
-                with open_picture(file, most_pixels=MOST_PIXELS) as image:
+                with warnings_named(file.name), open_picture(file, most_pixels=MOST_PIXELS) as image:
                     frame = np.asarray(to_rgb(ImageOps.exif_transpose(image), name=file.name))
             except Exception as error:  # as above
                 given = f"{file.name} in {folder} can not be read ({error})"

@@ -66,6 +66,7 @@ class Contents:
         deinterlace: whether its frames are two fields each, filmed one after the other.
         opaque: whether it has no transparency.
         hdr: the transfer curve of a film of high dynamic range, as most phones film; None of any other.
+        drags: whether it claims to show each frame for more than a minute, on average: at a rate, it would never end.
     """
 
     starts: npt.NDArray[np.float64]
@@ -76,6 +77,7 @@ class Contents:
     deinterlace: bool
     opaque: bool
     hdr: str | None
+    drags: bool
 
 
 def look_through(path: Path) -> Contents:
@@ -114,7 +116,10 @@ def look_through(path: Path) -> Contents:
     clear = re.search(r"\b(yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8)", video)
     opaque = not (clear or re.search(r"^\[info\]\s+alpha_mode\s*: 1", about, re.MULTILINE))
     hdr = re.search(r"\b(smpte2084|arib-std-b67)\b", video)
-    marks = deinterlace, opaque, hdr[1] if hdr else None
+    stamps = np.array([int(packet[1]) for packet in packets] + times[times != _UNKNOWN_TIME].tolist(), dtype=np.float64)
+    seconds = int(unit[1]) / int(unit[2])
+    drags = float(np.ptp(stamps)) * seconds > 600 + 60 * len(packets)
+    marks = deinterlace, opaque, hdr[1] if hdr else None, drags
     flags = np.array([_flags(packet) for packet in packets])
     codec, keys = video.split()[0].rstrip(","), int((flags & _KEY).sum())
     oddity = fault or _oddity(about, videos, codec) or _disorder(times, flags)
@@ -122,7 +127,7 @@ def look_through(path: Path) -> Contents:
         oddity = "fields, transparency or HDR, which decord does not heed"
     if oddity is not None:
         return Contents(np.zeros(0), 0.0, codec, keys, oddity, *marks)
-    order, seconds = np.argsort(times), int(unit[1]) / int(unit[2])
+    order = np.argsort(times)
     starts = (times[order] - times[order[0]]) * seconds
     length = lengths[order[-1]] * seconds
     if length <= 0:  # not told: as long as the one before it

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cdvideo.errors import UserError
 from cdvideo.media.colours import to_rgb
-from cdvideo.media.opening import PHONE_SUFFIXES, READABLE, open_picture, picture_suffixes
+from cdvideo.media.opening import PHONE_SUFFIXES, READABLE, open_picture, picture_suffixes, warnings_named
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_picture(file: Path, short_side: int) -> Image.Image:
         NoPictureError: another kind of file, or too many pixels.
         Exception: a damaged file makes Pillow's decoders raise nearly anything.
     """
-    with open_picture(file) as opened:
+    with warnings_named(file.name), open_picture(file) as opened:
         if getattr(opened, "is_animated", False) and opened.format != "MPO":  # an MPO is what some cameras call a JPEG
             logger.warning("%s holds several pictures: the first is taken", file.name)
         opened.draft(opened.mode, (short_side, short_side))  # lets a JPEG decode at a smaller size; nothing for others

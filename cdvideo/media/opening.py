@@ -6,11 +6,17 @@ start Ghostscript.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
 
 # TGA and its like have no mark at their beginning, so that anything may look like one; others are rare or run programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
@@ -54,8 +60,7 @@ def open_picture(file: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
     _refuse_other_kinds(file)
     Image.init()
     # Pillow's own bound is a warning at 89 megapixels, an error at 179; it can be lifted for the whole process only.
-    with _LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _LOCK, warnings_named(file.name):
         bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
@@ -73,6 +78,22 @@ def open_picture(file: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
         size = f"{image.width} x {image.height} pixels"
         raise NoPictureError(f"{size}, more than {most // 10**6} million: make it smaller")
     return image
+
+
+@contextmanager
+def warnings_named(name: str) -> Iterator[None]:
+    """Says what Pillow warns of (broken EXIF, tags cut short) in one line with the picture's name, once each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    heeded = [each for each in caught if not issubclass(each.category, Image.DecompressionBombWarning)]
+    for text in dict.fromkeys(str(warning.message) for warning in heeded):
+        _say_once(f"{name}: {' '.join(text.split())}")
+
+
+@lru_cache(maxsize=1000)  # a clip is opened to see what it is, and again to be read
+def _say_once(text: str) -> None:
+    logger.warning(text)
 
 
 def picture_suffixes() -> frozenset[str]:

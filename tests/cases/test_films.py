@@ -254,7 +254,7 @@ def test_decord_is_used_where_it_is_right(tmp_path: Path) -> None:
 def test_decord_is_left_where_it_tells_other_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = make(tmp_path / "plain.mp4", *X264)
     contents = look_through(film)
-    shifted = films.Contents(contents.starts * 1.1, contents.end, "h264", contents.keys, None, False, True, None)
+    shifted = films.Contents(contents.starts * 1.1, contents.end, "h264", contents.keys, None, False, True, None, False)
     monkeypatch.setattr(clips, "look_through", lambda path: shifted)
     with pytest.raises(films.UnreadableError, match="other times"):
         next(read_with_decord(film, shifted, None))
@@ -326,6 +326,20 @@ def test_frames_beyond_all_measure_are_refused_before_one_is_decoded(
     with pytest.raises(UserError, match="11 frames of 96 x 64 pixels, and more to come"):
         read_clip(film)
     assert len(read_clip(film, frames=10)) == 10
+
+
+def test_a_film_that_claims_to_last_for_years_is_told(tmp_path: Path) -> None:
+    """An avi whose seconds a frame, a number in its header, are broken."""
+    content = bytearray(make(tmp_path / "film.avi", *MPEG4).read_bytes())
+    scale = content.index(b"strh") + 28
+    content[scale : scale + 4] = struct.pack("<I", 1_556_739_414)
+    (tmp_path / "film.avi").write_bytes(content)
+    with pytest.raises(UserError, match="its times are broken"):
+        read_clip(tmp_path / "film.avi", fps=8)
+    assert [number_in(frame) for frame in iter_clip(tmp_path / "film.avi")] == EVERY
+    frames = [Image.fromarray(numbered(index)) for index in range(2)]
+    frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:], duration=[1 << 23, 100])
+    assert len(list(iter_clip(tmp_path / "film.webp", fps=1))) == 601
 
 
 def test_an_ffmpeg_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

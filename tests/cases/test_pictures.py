@@ -219,6 +219,18 @@ def test_no_raw_warning_of_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Image.MAX_IMAGE_PIXELS == 40_000
 
 
+def test_what_pillow_warns_of_is_said_in_a_line_with_the_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (64, 48), RED).save(tmp_path / "torn.tiff", description="a" * 400)
+    content = (tmp_path / "torn.tiff").read_bytes()
+    length = content.index(struct.pack("<HHI", 270, 2, 401)) + 4
+    (tmp_path / "torn.tiff").write_bytes(content[:length] + struct.pack("<I", 1 << 20) + content[length + 4 :])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert close(only(tmp_path), RED) and close(Image.fromarray(read_clip(tmp_path / "torn.tiff")[0]), RED)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("torn.tiff: ")]
+    assert len(told) == 1 and "\n" not in told[0]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
 def test_large_pictures_are_made_smaller_step_by_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
