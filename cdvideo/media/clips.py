@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 
 from cdvideo.errors import UserError
 from cdvideo.media.colours import to_rgb
@@ -164,13 +164,17 @@ def _timed_animation(path: Path) -> Iterator[tuple[float, Frame]]:
             yield 0.1, np.asarray(read_picture(path, _LARGE_SIDE))
             return
         end = 0.0
-        for index, image in enumerate(ImageSequence.Iterator(animation)):
+        for index in range(MOST_FRAMES):
             with warnings_named(path.name):
-                image.load()  # the duration is known only then
-                frame = np.asarray(to_rgb(ImageOps.exif_transpose(image), name=path.name))
-            if index == 0 and not still and image.info.get("default_image"):
+                try:
+                    animation.seek(index)
+                except EOFError:
+                    return
+                animation.load()  # the duration is known only then
+                frame = np.asarray(to_rgb(ImageOps.exif_transpose(animation), name=path.name))
+            if index == 0 and not still and animation.info.get("default_image"):
                 continue  # what a reader shows that knows no animated PNG
-            duration = image.info.get("duration") or 0
+            duration = animation.info.get("duration") or 0
             end += min(duration if duration > _FLASH else 100, _LONGEST) / 1000  # as browsers have it
             yield end, frame
             if still:
