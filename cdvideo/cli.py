@@ -16,6 +16,7 @@ A script is its `main` and one line:
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -49,6 +50,8 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         interrupted. Where the reader of what is printed has gone (`| head`), 1 without a word.
     """
     prepare_cpu()  # before any main imports torch
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # Windows writes to files and pipes in cp1252, which knows few letters
     try:
         return _exit_code(main, argv)
     finally:

@@ -130,6 +130,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def legal_name(text: str) -> str:
+    """A text as a file's name on every system: Windows forbids some characters, some names, and dots at the end."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "-", text).rstrip(". ")
+    device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)
+    return f"_{name}" if device or not name else name
+
+
 def ensure_writable(folder: Path) -> None:
     """Makes the folder where it is missing, and tries that files can be made in it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -34,7 +35,7 @@ from cdvideo.interchange.lora import (
     peft_settings,
     peft_tensors,
 )
-from cdvideo.runs import atomic_path
+from cdvideo.runs import atomic_path, legal_name
 
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # by the width of the text
 
@@ -149,8 +150,9 @@ def write_custom_diffusion(export: Export) -> None:
 
 
 def file_name(token: str) -> str:
-    """A token as a file's name: without slashes and the like."""
-    return re.sub(r"[^\w<>.-]+", "-", token)
+    """A token as a file's name: without slashes and the like; `<new1>` keeps its brackets where the system has them."""
+    name = re.sub(r"[^\w<>.-]+", "-", token)
+    return legal_name(name) if sys.platform == "win32" else name
 
 
 def _lora_layers(export: Export) -> dict[str, LoraLayer]:

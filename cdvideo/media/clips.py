@@ -1,39 +1,43 @@
 """Clips in: films, animations and folders of pictures, at the rate that is asked for, one frame at a time.
 
-A frame of the result stands at each multiple of 1 / fps and is the one that the clip shows at that moment. decord reads
-films where it can; it knows no AV1, gives arrays of a wrong shape at some widths, and does not turn what a phone has
-filmed upright: these go through imageio's ffmpeg.
+A frame of the result stands at each multiple of 1 / fps and is the one that the clip shows at that moment.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 
 from cdvideo.errors import UserError
-from cdvideo.media.images import to_rgb
+from cdvideo.media.colours import to_rgb
+from cdvideo.media.films import (
+    MOST_FRAMES,
+    MOST_PIXELS,
+    SLACK,
+    Frame,
+    UnreadableError,
+    look_through,
+    read_with_decord,
+    read_with_ffmpeg,
+)
+from cdvideo.media.images import pictures_below, read_picture
+from cdvideo.media.opening import NoPictureError, UnknownKindError, open_picture, picture_suffixes, warnings_named
 
 logger = logging.getLogger(__name__)
 
-Frame = npt.NDArray[np.uint8]  # frame_HWC, RGB
-
-_READABLE = "a film (mp4, webm, mov, ...), an animation (gif, webp, png), a picture, or a folder of numbered PNGs"
-_SLACK = 1e-3  # seconds by which a frame may begin late: decord tells times in float32, gifs round to hundredths
-
-
-class _UnreadableError(Exception):
-    """This reader can not read the file; another may."""
+_READABLE = "a film (mp4, webm, mov, ...), an animation (gif, webp, png), a picture, or a folder of numbered pictures"
+_MOST_BYTES = 1 << 32  # of a clip in one array
+_FLASH = 10  # milliseconds: up to here a frame's duration is taken to be none, and that is a tenth of a second
+_LONGEST = 600_000  # milliseconds: a frame that is to be shown for longer is of a broken file, and would never end
+_LARGE_SIDE = 2048  # pixels on the short side of a picture of more than MOST_PIXELS
+_RATES = (0.01, 1000.0)  # frames a second that a file may ask for
 
 
 def read_clip(
@@ -42,7 +46,8 @@ def read_clip(
     """A clip as one array; no more of it is in memory than what is asked for.
 
     Args:
-        path: a film, an animation, a picture, or a folder of PNGs, taken in the order of their names.
+        path: a film, an animation, a picture, or a folder of pictures of one kind, taken in the order of their numbers
+            (9.png before 10.png).
         frames: how many, from the beginning; None is all there are.
         fps: frames of the result in a second of the clip; None takes every frame of the clip once.
         size: width and height; frames are reduced or enlarged to cover them, and cut around their middle.
@@ -51,11 +56,18 @@ def read_clip(
         frames_FHWC: uint8 RGB.
 
     Raises:
-        UserError: no such file, nothing in it to be seen, a clip that is too short, or frames of several sizes.
+        UserError: no such file, nothing in it to be seen, a clip that is too short, one that does not fit into 4 GB, or
+            frames of several sizes.
     """
     read: list[Frame] = []
     for frame in islice(iter_clip(path, fps=fps), frames):
         read.append(frame if size is None else _fit(frame, size))
+        if len(read) * read[0].nbytes > _MOST_BYTES or len(read) > MOST_FRAMES:
+            raise UserError(
+                f"{path.name}: {len(read)} frames of {_size(read[0])} pixels, and more to come",
+                allowed=f"{_MOST_BYTES >> 30} GB of frames at once, and {MOST_FRAMES}",
+                do="give `frames` or a smaller `size`, or take them one by one with iter_clip",
+            )
         if read[-1].shape != read[0].shape:
             raise UserError(
                 f"{path.name}: a frame of {_size(frame)} pixels after others of {_size(read[0])}",
@@ -81,128 +93,106 @@ def iter_clip(path: Path, *, fps: float | None = None) -> Iterator[Frame]:
         return
     if not path.is_file():
         raise UserError(f"no file {path}", allowed=_READABLE, do="check the path")
-    readers = [_read_with_pillow] if _pillow_knows(path) else [_read_with_decord, _read_with_ffmpeg]
-    given = 0
-    for reader in readers:
+    yield from _read_with_pillow(path, fps) if _is_picture(path) else _read_film(path, fps)
+
+
+def _is_picture(path: Path) -> bool:
+    """Raises UserError for what is neither a picture nor perhaps a film."""
+    try:
+        open_picture(path).close()
+    except UnknownKindError:
+        return False
+    except Exception as error:  # on damaged files Pillow's readers raise whatever they come upon
+        raise _unreadable(path, error, do="save it as PNG or JPEG") from error
+    return True
+
+
+def _unreadable(path: Path, reason: object, *, do: str) -> UserError:
+    return UserError(f"{path.name} can not be read ({reason})", allowed=_READABLE, do=do)
+
+
+def _read_film(path: Path, fps: float | None) -> Iterator[Frame]:
+    """By decord where it can be trusted; where it fails on the way, ffmpeg takes over from the next frame on."""
+    given, reason = 0, "no frame in it"
+    try:
+        contents = look_through(path)
+    except UnreadableError as error:
+        raise _unreadable(path, error, do="convert it to mp4") from error
+    if contents.drags and fps is not None:
+        raise _unreadable(path, "its times are broken: it would show each frame for minutes", do="convert it to mp4")
+    for reader in (read_with_decord, read_with_ffmpeg):
         try:
-            for frame in islice(reader(path, fps), given, None):
+            for frame in islice(reader(path, contents, fps), given, None):
                 given += 1
                 yield frame
-        except _UnreadableError as error:
+        except UnreadableError as error:
             logger.debug("%s: %s: %s", path.name, reader.__name__, error)
             reason = str(error)
             continue
         if given:
             return
-        reason = "no frame in it"
     if not given:
-        raise UserError(f"{path.name} can not be read ({reason})", allowed=_READABLE, do="convert it to mp4")
-    logger.warning("%s is damaged: it ends after %d frames (%s)", path.name, given, reason)
-
-
-def _read_with_decord(path: Path, fps: float | None) -> Iterator[Frame]:
-    if find_spec("decord") is None:
-        raise _UnreadableError("decord is not installed")
-    report = _ffmpeg_report(path)
-    if "Video:" not in report:
-        raise _UnreadableError("no video stream")
-    if re.search(r"rotation of|rotate\s*:", report):
-        raise _UnreadableError("it is to be turned, which decord does not do")
-    from decord import DECORDError, VideoReader
-
-    try:
-        reader = VideoReader(str(path), num_threads=1)
-        starts = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-        indices = range(len(starts)) if fps is None else _shown_at(starts - starts[0], _end(reader), fps)
-        for index in indices:
-            frame: Frame = reader[index].asnumpy()
-            if frame.shape[2] != 3:
-                raise _UnreadableError(f"decord gives arrays of {frame.shape}")
-            yield frame
-    except (DECORDError, RuntimeError, IndexError, ValueError) as error:
-        raise _UnreadableError(str(error).strip().splitlines()[-1] if str(error) else repr(error)) from error
-
-
-def _end(reader: Iterable[Frame]) -> float:
-    """Seconds from the beginning of a decord reader's film to the end of its last frame."""
-    times = reader.get_frame_timestamp([0, len(reader) - 1])  # type: ignore[attr-defined, arg-type]
-    return float(times[1, 1] - times[0, 0])
-
-
-def _shown_at(starts: npt.NDArray[np.floating], end: float, fps: float) -> list[int]:
-    """The index of the frame that is shown at 0, 1 / fps, 2 / fps, ..., before `end`; `starts` in seconds."""
-    wanted = np.arange(math.ceil((end - _SLACK) * fps)) / fps
-    found: list[int] = (np.searchsorted(starts, wanted + _SLACK, side="right") - 1).clip(0).tolist()
-    return found
-
-
-def _read_with_ffmpeg(path: Path, fps: float | None) -> Iterator[Frame]:
-    """Each frame by itself, or at the rate, by ffmpeg's filter: "up" shows a frame from its own time on."""
-    import imageio_ffmpeg
-
-    if "Video:" not in _ffmpeg_report(path):
-        raise _UnreadableError("no video stream")
-    rate = ["-fps_mode", "passthrough"] if fps is None else ["-vf", f"fps={fps}:round=up:start_time=0"]
-    stream = imageio_ffmpeg.read_frames(str(path), output_params=rate)
-    try:
-        width, height = next(stream)["size"]
-        for raw in stream:
-            yield np.frombuffer(raw, np.uint8).reshape(height, width, 3)
-    except (RuntimeError, OSError, ValueError, IndexError) as error:
-        raise _UnreadableError(str(error).strip().splitlines()[0] if str(error) else repr(error)) from error
-    finally:
-        stream.close()
-
-
-def _ffmpeg_report(path: Path) -> str:
-    """What ffmpeg says of a file."""
-    import imageio_ffmpeg
-
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stderr
-
-
-def _pillow_knows(path: Path) -> bool:
-    try:
-        with Image.open(path):
-            return True
-    except Exception:  # on damaged files Pillow's readers raise whatever they come upon
-        return False
+        raise _unreadable(path, reason, do="convert it to mp4")
+    logger.warning("%s is damaged (%s): %d frames of it can be read", path.name, reason, given)
 
 
 def _read_with_pillow(path: Path, fps: float | None) -> Iterator[Frame]:
     """Animations by their own durations; a picture is a clip of one frame."""
+    given = 0
     try:
-        with Image.open(path) as animation:
-            timed = _timed(animation)
-            yield from (frame for _, frame in timed) if fps is None else _at_rate(timed, fps)
+        for frame in _animation(path) if fps is None else _at_rate(_timed_animation(path), fps):
+            given += 1
+            yield frame
     except Exception as error:  # as above
-        raise _UnreadableError(str(error)) from error
+        if not given:
+            raise _unreadable(path, error, do="save it as PNG or JPEG") from error
+        logger.warning("%s is damaged (%s): %d frames of it can be read", path.name, error, given)
 
 
-def _timed(animation: Image.Image) -> Iterator[tuple[float, Frame]]:
+def _animation(path: Path) -> Iterator[Frame]:
+    return (frame for _, frame in _timed_animation(path))
+
+
+def _timed_animation(path: Path) -> Iterator[tuple[float, Frame]]:
     """Frames, each with the second at which it ends."""
-    end = 0.0
-    for image in ImageSequence.Iterator(animation):
-        image.load()  # the duration is known only then
-        # As browsers have it: a frame without duration is shown for a tenth of a second.
-        end += (image.info.get("duration") or 100) / 1000
-        yield end, np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+    with open_picture(path) as animation:
+        # An MPO is what some cameras call a JPEG: beside the picture it holds a small one, or a map of its lights.
+        still = animation.format == "MPO" or not getattr(animation, "is_animated", False)
+        if animation.width * animation.height > MOST_PIXELS:
+            if not still:
+                raise NoPictureError(f"frames of {animation.width} x {animation.height} pixels: make it smaller")
+            yield 0.1, np.asarray(read_picture(path, _LARGE_SIDE))
+            return
+        end = 0.0
+        for index in range(MOST_FRAMES):
+            with warnings_named(path.name):
+                try:
+                    animation.seek(index)
+                except EOFError:
+                    return
+                animation.load()  # the duration is known only then
+                frame = np.asarray(to_rgb(ImageOps.exif_transpose(animation), name=path.name))
+            if index == 0 and not still and animation.info.get("default_image"):
+                continue  # what a reader shows that knows no animated PNG
+            duration = animation.info.get("duration") or 0
+            end += min(duration if duration > _FLASH else 100, _LONGEST) / 1000  # as browsers have it
+            yield end, frame
+            if still:
+                return
 
 
 def _read_folder(folder: Path, fps: float | None) -> Iterator[Frame]:
-    files = sorted(folder.glob("*.png"))
-    if not files:
-        raise UserError(f"no PNGs in the folder {folder}", allowed=_READABLE, do="check the path")
+    files = _frame_files(folder)
 
     def frames() -> Iterator[Frame]:
         for file in files:
             try:
-                with Image.open(file) as image:
-                    yield np.asarray(to_rgb(image))
-            except (OSError, SyntaxError, ValueError) as error:
+                with warnings_named(file.name), open_picture(file, most_pixels=MOST_PIXELS) as image:
+                    frame = np.asarray(to_rgb(ImageOps.exif_transpose(image), name=file.name))
+            except Exception as error:  # as above
                 given = f"{file.name} in {folder} can not be read ({error})"
-                raise UserError(given, allowed="whole PNGs", do="write it anew") from error
+                raise UserError(given, allowed="whole pictures", do="write it anew") from error
+            yield frame
 
     rate = _stored_rate(files[0])
     if fps is None or rate is None:  # without a rate of its own it is taken to be at the one asked for
@@ -211,21 +201,46 @@ def _read_folder(folder: Path, fps: float | None) -> Iterator[Frame]:
         yield from _at_rate((((index + 1) / rate, frame) for index, frame in enumerate(frames())), fps)
 
 
+def _frame_files(folder: Path) -> list[Path]:
+    """A folder's PNGs, or, where it has none, its pictures of the most frequent kind, in the order of their numbers."""
+    kinds: dict[str, list[Path]] = {}
+    for file in folder.iterdir():
+        if file.suffix.lower() in picture_suffixes() and not file.name.startswith(".") and file.is_file():
+            kinds.setdefault(file.suffix.lower(), []).append(file)
+    if not kinds:
+        below = dict(islice(pictures_below(folder), 5))
+        where = f" itself, but below it: {', '.join(below)}" if below else ""
+        do = f"name the folder that holds them, {folder / next(iter(below))}" if below else "check the path"
+        raise UserError(f"no pictures in the folder {folder}{where}", allowed=_READABLE, do=do)
+    files = kinds.pop(".png", None) or kinds.pop(max(kinds, key=lambda kind: len(kinds[kind])))
+    if kinds:
+        told = ", ".join(file.name for others in kinds.values() for file in others[:2])
+        logger.warning("frames in %s are its %s: left out are %s", folder, files[0].suffix, told)
+    return sorted(files, key=_in_numbers)
+
+
+def _in_numbers(file: Path) -> tuple[list[int | str], str]:
+    """A key by which 9.png comes before 10.png."""
+    parts = re.split(r"([0-9]+)", file.name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
+
+
 def _stored_rate(file: Path) -> float | None:
     """Frames a second, where `write_video` wrote the frame."""
     try:
-        with Image.open(file) as image:
+        with open_picture(file) as image:
             rate = json.loads(image.info.get("Comment", "{}")).get("fps")
-    except (OSError, SyntaxError, ValueError, AttributeError):  # not a PNG, or a comment of somebody else's
+    except Exception:  # not a PNG, a broken one (told when it is read), or a comment of somebody else's
         return None
-    return float(rate) if isinstance(rate, (int, float)) and rate > 0 else None
+    slowest, fastest = _RATES
+    return float(rate) if isinstance(rate, (int, float)) and slowest <= rate <= fastest else None
 
 
 def _at_rate(timed: Iterable[tuple[float, Frame]], fps: float) -> Iterator[Frame]:
     """Of frames with the second at which each ends, the one shown at 0, 1 / fps, 2 / fps, ..."""
     given = 0
     for end, frame in timed:
-        while given / fps < end - _SLACK:
+        while given / fps < end - SLACK:
             yield frame
             given += 1
 

@@ -82,10 +82,9 @@ def write_picture(frame: Frame, path: Path, *, metadata: Metadata) -> None:
         Image.fromarray(frame).save(part, pnginfo=_png_text(metadata))
 
 
-def write_settings(path: Path, metadata: Metadata) -> None:
-    """Writes the settings as JSON, for whoever looks beside the film instead of into it."""
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(dict(metadata), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def settings_text(metadata: Metadata) -> str:
+    """The settings as JSON, for whoever looks beside the film instead of into it."""
+    return json.dumps(dict(metadata), indent=2, ensure_ascii=False) + "\n"
 
 
 def enlarge(frames: Iterable[Frame], short_side: int) -> Iterator[Frame]:

@@ -52,6 +52,16 @@ def encoder_names() -> frozenset[str]:
     return frozenset(re.findall(r"^ V\S{5} (\S+)", listed, re.MULTILINE))
 
 
+@lru_cache
+def filter_names() -> frozenset[str]:
+    """The filters of imageio's ffmpeg."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-filters"]
+    listed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    return frozenset(re.findall(r"^ \S{2,3} (\S+)", listed, re.MULTILINE))
+
+
 def find_encoder(codec: Codec) -> Encoder:
     """The encoder for a codec.
 
@@ -79,6 +89,7 @@ def encode(
     """
     import imageio_ffmpeg
 
+    path = path.resolve()  # of a name like -x, concat:y or http:z ffmpeg would make an option or a protocol
     first = next(frames)
     encoder = find_encoder(codec)
     tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709"

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,11 @@ def main(argv: Sequence[str]) -> None:
     with attending(base, config.attention):
         for seed, frames in _sample(config, base, concept, motion):
             made_by = {**settings, "seed": seed}
-            stem = _free_stem(config, made_by)
-            with frames:
+            with frames, _own_stem(config, made_by) as stem:
                 written = _write(frames, config, made_by, stem=stem)
-            if config.also_still:
-                made_by = {**_settings(of_picture, base, concept_name), "seed": seed}
-                written.append(_write_still(of_picture, base, concept, made_by, stem=stem))
+                if config.also_still:
+                    made_by = {**_settings(of_picture, base, concept_name), "seed": seed}
+                    written.append(_write_still(of_picture, base, concept, made_by, stem=stem))
             if not config.quiet:
                 print("wrote", *written)
     if not config.quiet:
@@ -134,21 +134,41 @@ def slug(prompt: str) -> str:
     return "-".join(words)[:60].rstrip("-") or "film"
 
 
-def _free_stem(config: AnimateConfig, settings: Metadata) -> str:
-    """<slug>-<seed>; with -2, -3, ... behind it where a film that was made in another way has that name."""
+@contextmanager
+def _own_stem(config: AnimateConfig, settings: Metadata) -> Iterator[str]:
+    """<slug>-<seed>; with -2, -3, ... behind it where a film that was made in another way has that name.
+
+    The name is taken by writing the settings first, so that of two processes at once each gets one of its own. It is
+    given back where the film is not finished.
+    """
+    from cdvideo.media.export import settings_text
+
     stem = f"{slug(config.prompt)}-{settings['seed']}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if _made_by(config.out / f"{name}.json") in (None, settings))
+    for name in names:
+        path = config.out / f"{name}.json"
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(settings_text(settings))
+        except FileExistsError:
+            if _made_by(path) == settings:
+                yield name
+                return
+            continue
+        try:
+            yield name
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return
 
 
 def _made_by(path: Path) -> object:
-    """The settings that a film's file tells; None where there is no such film."""
+    """The settings that a film's file tells; None where it is a file of somebody else's."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError, RecursionError):
         return None
-    except (OSError, ValueError):
-        return "a file of somebody else's"
 
 
 def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, str | None]:
@@ -312,8 +332,8 @@ def _load_start(config: AnimateConfig, base: Base) -> Start | None:
 
 
 def _write(frames: Spool, config: AnimateConfig, settings: Metadata, *, stem: str) -> list[str]:
-    """Writes a film in all its formats, or a still, with a poster, a filmstrip and the settings; returns the paths."""
-    from cdvideo.media.export import enlarge, filmstrip, write_picture, write_settings, write_video
+    """Writes a film in all its formats, or a still, with a poster and a filmstrip; returns the paths."""
+    from cdvideo.media.export import enlarge, filmstrip, write_picture, write_video
 
     paths = [config.out / f"{stem}.png"]
     write_picture(next(enlarge(frames, config.watch_size)), paths[0], metadata=settings)
@@ -325,7 +345,6 @@ def _write(frames: Spool, config: AnimateConfig, settings: Metadata, *, stem: st
             write_video(large, paths[-1], fps=config.fps, metadata=settings, **options)
         paths.append(config.out / f"{stem}-frames.png")
         write_picture(filmstrip(frames), paths[-1], metadata=settings)
-    write_settings(config.out / f"{stem}.json", settings)
     return [str(path) for path in paths]
 
 

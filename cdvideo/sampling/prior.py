@@ -12,7 +12,8 @@ from cdvideo.base.loader import Base
 from cdvideo.concept.config import ConceptConfig
 from cdvideo.concept.phrases import fill, training_prompts
 from cdvideo.media.images import Picture
-from cdvideo.runs import atomic_path
+from cdvideo.media.opening import open_picture
+from cdvideo.runs import atomic_path, legal_name
 from cdvideo.sampling.image import sample_images
 from cdvideo.sampling.video import to_uint8
 
@@ -37,7 +38,7 @@ def prior_pictures(
         pictures = found[class_word] = []
         numbers = range(config.preserve.prior_images)
         for number in tqdm(numbers, desc=f"drawing {class_word}", unit="picture", leave=False, disable=quiet):
-            path = folder / class_word.replace(" ", "-") / f"{number:04d}.png"
+            path = folder / legal_name(class_word.replace(" ", "-")) / f"{number:04d}.png"
             if not path.exists():
                 pixels_BCHW = sample_images(
                     base,
@@ -50,6 +51,6 @@ def prior_pictures(
                 )
                 with atomic_path(path) as part:
                     Image.fromarray(to_uint8(pixels_BCHW)[0]).save(part)
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 pictures.append(Picture(name=path.name, image=image.convert("RGB")))
     return found

@@ -152,7 +152,7 @@ def load_sprites(folder: Path) -> Sprites:
             allowed="a folder written by fetch_sprites, holding fluent/*.png and noto/*.png",
             do="python scripts/make_base.py --stage sprites",
         )
-    pictures = {(f.stem, f.parent.name): np.array(Image.open(f).convert("RGBA")) for f in files}
+    pictures = {(f.stem, f.parent.name): np.array(Image.open(f, formats=["PNG"]).convert("RGBA")) for f in files}
     furs = {}
     for (name, artist), picture in pictures.items():
         if name in SUBJECT_DRAWINGS or name in RECOLOURED_THINGS:
@@ -222,7 +222,7 @@ def _write_fluent(work: Path, folder: Path, codes: dict[str, str]) -> None:
     with _npm_pack(FLUENT_PACKAGE, work) as archive:
         for name, code in codes.items():
             data = _read_member(archive, f"package/assets/{code}.webp")
-            _trim(Image.open(io.BytesIO(data)).convert("RGBA")).save(folder / f"{name}.png")
+            _trim(Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGBA")).save(folder / f"{name}.png")
 
 
 def _write_noto(work: Path, folder: Path, codes: dict[str, str]) -> None:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from cdvideo.errors import UserError
-from cdvideo.media import clips
 from cdvideo.media.clips import iter_clip, read_clip
 from cdvideo.media.export import write_video
 from cdvideo.media.ffmpeg import ENCODERS, encoder_names
+from cdvideo.media.films import UnreadableError, look_through, read_with_decord, read_with_ffmpeg
 from tests.media.test_export import make_frames, mean_difference
 
 HAS_AV1 = bool(encoder_names() & {encoder.name for encoder in ENCODERS["av1"]})
@@ -59,8 +59,8 @@ def test_what_was_written_comes_back(tmp_path: Path, name: str, height: int, wid
 @pytest.mark.parametrize("fps", [None, 4])
 def test_av1_which_decord_does_not_know(tmp_path: Path, fps: float | None) -> None:
     film = grey_film(tmp_path / "film.mp4", fps=8, codec="av1", width=160)
-    with pytest.raises(clips._UnreadableError):
-        next(clips._read_with_decord(film, fps))
+    with pytest.raises(UnreadableError):
+        next(read_with_decord(film, look_through(film), fps))
     assert seen(read_clip(film, fps=fps)) == (list(range(12)) if fps is None else [0, 2, 4, 6, 8, 10])
 
 
@@ -78,26 +78,26 @@ def test_the_frame_that_is_shown_at_each_moment(tmp_path: Path, name: str, fps: 
     assert seen(read_clip(grey_film(tmp_path / name, fps=10), fps=fps)) == expected
 
 
-@pytest.mark.parametrize("reader", [clips._read_with_decord, clips._read_with_ffmpeg])
+@pytest.mark.parametrize("reader", [read_with_decord, read_with_ffmpeg])
 @pytest.mark.parametrize("fps", [None, 3, 10, 24])
 def test_both_readers_of_films_agree(tmp_path: Path, reader: object, fps: float | None) -> None:
     pytest.importorskip("decord")
     film = grey_film(tmp_path / "film.mp4", fps=10, width=160)
     assert callable(reader)
     expected = list(range(12)) if fps is None else [int(index * 10 / fps + 1e-6) for index in range(100)]
-    assert seen(reader(film, fps)) == [index for index in expected if index < 12]
+    assert seen(reader(film, look_through(film), fps)) == [index for index in expected if index < 12]
 
 
-@pytest.mark.parametrize("reader", [clips._read_with_decord, clips._read_with_ffmpeg])
+@pytest.mark.parametrize("reader", [read_with_decord, read_with_ffmpeg])
 def test_a_film_of_changing_rate(tmp_path: Path, reader: object) -> None:
     """Six frames at 10 a second, then six at 5: 1.8 seconds."""
     assert callable(reader)
     write_video((np.full((64, 160, 3), level, np.uint8) for level in GREYS), tmp_path / "a.mp4", fps=10, metadata={})
     changed = "setpts='if(lt(N,6),N,6+(N-6)*2)/10/TB'"
     ffmpeg("-i", tmp_path / "a.mp4", "-vf", changed, "-fps_mode", "vfr", "-enc_time_base", "1/1000", tmp_path / "b.mp4")
-    at_ten = seen(reader(tmp_path / "b.mp4", 10))
+    at_ten = seen(reader(tmp_path / "b.mp4", look_through(tmp_path / "b.mp4"), 10))
     assert at_ten[:16] == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10] and at_ten[16] == 11
-    assert seen(reader(tmp_path / "b.mp4", None)) == list(range(12))
+    assert seen(reader(tmp_path / "b.mp4", look_through(tmp_path / "b.mp4"), None)) == list(range(12))
 
 
 def test_what_a_phone_has_filmed_stands_upright(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bomb\.png can not be read"):
         read_clip(tmp_path / "bomb.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no PNGs"):
+    with pytest.raises(UserError, match="no pictures in the folder"):
         read_clip(tmp_path / "empty")
     (tmp_path / "empty" / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"0\.png in .*empty can not be read"):
