@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdvideo.config import check
+from cdvideo.config import as_path, check
 
 
 def parse_files(text: str) -> tuple[tuple[Path, float], ...]:
@@ -18,9 +18,10 @@ def parse_files(text: str) -> tuple[tuple[Path, float], ...]:
 def _parse_file(name: str) -> tuple[Path, float]:
     path, _, weight = name.rpartition(":")
     try:
-        return Path(path).expanduser(), float(weight)
+        strength = float(weight)
     except ValueError:  # no weight: a plain path, perhaps with a drive's colon in it
-        return Path(name).expanduser(), 1.0
+        path, strength = name, 1.0
+    return as_path(path), strength
 
 
 def check_files(files: tuple[tuple[Path, float], ...]) -> list[tuple[bool, str]]:
