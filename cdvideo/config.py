@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 LARGEST = 100_000  # bytes of a config file; ours have 3 kB, and YAML takes a second for this
+LONGEST_TEXT = 20_000  # characters of a prompt, key frames and all; a text encoder reads 75 tokens
 DEEPEST = 50  # lists and mappings in each other
 MOST_FAULTS = 50  # that are told of one group of settings
 
@@ -118,6 +119,27 @@ def as_path(text: str) -> Path:
             do="correct the path",
         ) from error
     return path
+
+
+def check_text(text: str) -> None:
+    """Raises UserError for a text that no prompt can be: of a length that no model reads, or with bytes that are no
+    Unicode, as a terminal gives them that writes in another encoding."""
+    surrogates = [character for character in text if "\ud800" <= character <= "\udfff"]
+    if surrogates or len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"{_SHORT.repr(text)}: a text of {len(text)} characters"
+            + (f", of which {len(surrogates)} are none of Unicode" if surrogates else ""),
+            allowed=f"text in UTF-8, of at most {LONGEST_TEXT} characters",
+            do="let the terminal write UTF-8" if surrogates else "shorten it",
+        )
+
+
+def text_rules(name: str, text: str) -> Iterator[tuple[bool, str]]:
+    """For `check`: the text can be a prompt."""
+    try:
+        check_text(text)
+    except UserError as error:
+        yield False, f"{name}={error.given}"
 
 
 def to_yaml(config: DataclassInstance) -> str:

@@ -58,7 +58,7 @@ def fold_motion_lora(
         raise UserError(f"{path.name} changes nothing", allowed="a trained motion LoRA", do="choose another file")
     for name, (up_CR, down_RC) in pairs.items():
         weight = linears[name].weight
-        weight += (strength * up_CR.float() @ down_RC.float()).to(weight.device, weight.dtype)
+        weight += (strength * up_CR @ down_RC).to(weight.device, weight.dtype)
     report(f"motion LoRA {path}: matched {len(tensors)}/{len(tensors)}, strength {strength:g}")
 
 
@@ -84,16 +84,19 @@ def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path
     strangers = []
     for key, tensor in tensors.items():
         name, is_down = _place(key)
-        if name not in linears or tensor.shape[int(is_down)] != linears[name].weight.shape[int(is_down)]:
+        fits = name in linears and tensor.ndim == 2 and tensor.is_floating_point()
+        if not fits or tensor.shape[int(is_down)] != linears[name].weight.shape[int(is_down)]:
             strangers.append(key)
         else:
-            (downs if is_down else ups)[name] = tensor
+            (downs if is_down else ups)[name] = tensor.float()
     strangers += [f"half a pair at {name}" for name in downs.keys() ^ ups.keys()]
+    unequal = (name for name in downs.keys() & ups.keys() if len(downs[name]) != ups[name].shape[1])
+    strangers += [f"a pair of two ranks at {name}" for name in unequal]
     if strangers:
         hint = " (it was made for AnimateDiff v2, which has a middle block)" if "mid_block" in strangers[0] else ""
         raise UserError(
             f"{path.name}: {len(strangers)} of {len(tensors)} keys have no place in these motion modules, "
-            f"such as {strangers[0]}{hint}",
+            f"such as {strangers[0][:80]}{hint}",
             allowed="a motion LoRA made for the motion modules that are given with --motion",
             do="choose motion modules and a motion LoRA of the same version",
         )
