@@ -77,19 +77,21 @@ class TrainState:
 
     def _moments(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor | int]]:
         """What the optimizer knows of each weight. Raises UserError for tensors that are not those of these weights."""
+        parameters = [*self.parameters.values()]
         shapes = {f"parameter.{name}": parameter.shape for name, parameter in self.parameters.items()}
         moments: dict[int, dict[str, Tensor | int]] = {}
         for name, tensor in tensors.items():
             _, index, moment = name.split(".") if name.count(".") == 2 else ("", "", "")
-            if name.startswith("optimizer.") and index in map(str, range(len(shapes))):
+            if name.startswith("optimizer.") and index in map(str, range(len(parameters))):
                 # Copied, since the file is mapped, and Windows replaces no file that is.
                 moments.setdefault(int(index), {})[moment] = _as_kept(tensor.clone())
                 if moment.startswith("exp_avg"):
-                    shapes[name] = [*self.parameters.values()][int(index)].shape
+                    shapes[name] = parameters[int(index)].shape
             elif name not in shapes:
                 raise _not_whole(path, f"it holds {name[:80]}")
         wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
-        if wrong or len({frozenset(each) for each in moments.values()}) > 1 or any("step" not in m for m in moments.values()):
+        kinds = {frozenset(each) for each in moments.values()}
+        if wrong or len(kinds) > 1 or not all("step" in kind for kind in kinds):
             raise _not_whole(path, f"{wrong[0] if wrong else 'what the optimizer knows'} is missing or misshapen")
         return moments
 

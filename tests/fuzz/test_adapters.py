@@ -126,7 +126,7 @@ CONTENTS: SearchStrategy[Any] = st.one_of(
 
 
 def test_adapter_folders(watch: Watch, tiny_base: Base, forms: Mapping[str, Path]) -> None:
-    whole = {name: next(iter(sorted(folder.glob("*.safetensors")))).read_bytes() for name, folder in forms.items()}
+    whole = {name: max(folder.iterdir(), key=lambda file: file.stat().st_size).read_bytes() for name, folder in forms.items()}
     settings = json.loads((forms["peft"] / "adapter_config.json").read_text(encoding="utf-8"))
     folder = watch.room / "here" / "adapters"
 
@@ -162,10 +162,10 @@ def test_adapter_folders(watch: Watch, tiny_base: Base, forms: Mapping[str, Path
 
 def test_inspected_folders(watch: Watch, forms: Mapping[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Folders through the command line, and texts that are no paths."""
-    folders = [*map(str, forms.values()), "", "nothing"]
+    folders = [*map(str, forms.values()), "nothing"]
     texts = st.builds("{}{}".format, st.sampled_from(folders), st.one_of(TEXTS, st.sampled_from([":0.5", ":nan", ",", ":"])))
 
     def read(text: str) -> Callable[[], object]:
-        return lambda: (convert(["--inspect", "--quiet", f"file={text}"]), capsys.readouterr())
+        return lambda: (convert(["--inspect", "--quiet", text]), capsys.readouterr())
 
     watch.check(texts, read)
