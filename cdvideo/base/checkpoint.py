@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cdvideo.base.signatures import Stranger, stranger
 from cdvideo.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -28,7 +30,13 @@ class _Inert:
 
 # Stable Diffusion's own .ckpt files carry the state of this callback.
 _STAND_INS: list[Any] = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-_HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict]  # in which textual inversion first kept its rows
+# torch pickled tensors of a Mac's GPU as arrays of NumPy, which were at another place before NumPy 2.
+_reconstruct = np.zeros(1).__reduce__()[0]
+_ARRAYS: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8"))]
+_ARRAYS += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+# ParameterDict: in which textual inversion first kept its rows.
+_HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict, *_ARRAYS]
+_DEEPEST, _MOST = 64, 10**6  # of what a pickle nests, and of all its entries together
 
 
 def read_tensors(path: Path, *, dtype_of: Callable[[str], torch.dtype] | None = None) -> dict[str, Tensor]:
@@ -90,11 +98,13 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
     name. The tensors lie in the file itself, mapped into memory: they take room only as they are read.
 
     Raises:
-        UserError: a damaged file, or a pickle of more than tensors and plain values.
+        UserError: a damaged file, a pickle of more than tensors and plain values, or one that would unfold to more than
+            the file holds.
     """
-    content, header = (_read_pickle(path), {}) if _is_pickle(path) else _read_safetensors(path)
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    content, header = (_plain(path, _read_pickle(path)), {}) if _is_pickle(path) else _read_safetensors(path)
+    for _ in range(2):  # Lightning's wrapping, and one more around it
+        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+            content = content["state_dict"]
     if isinstance(content, Mapping):
         content = {str(name).removeprefix("module."): value for name, value in content.items()}
     return content, header
@@ -147,10 +157,66 @@ def _read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
+def _plain(path: Path, content: Any) -> Any:
+    """What a pickle holds, with dicts in place of `ParameterDict`.
+
+    Raises:
+        UserError: For what nests without an end, and for tensors of more numbers than the file has for them.
+    """
+    entries, size = 0, path.stat().st_size
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal entries
+        entries += 1
+        if depth > _DEEPEST or entries > _MOST:
+            raise _unbounded(path, f"its entries nest more than {_DEEPEST} deep, or are more than {_MOST:,}")
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise _unbounded(path, "it holds a tensor that is sparse, quantised or without numbers")
+            if value.numel() * value.element_size() > min(size, value.untyped_storage().nbytes()):
+                raise _unbounded(path, f"a tensor of shape {tuple(value.shape)} has fewer numbers in the file")
+            return value
+        if isinstance(value, nn.ParameterDict):
+            value = _rows_of(value)
+        if isinstance(value, Mapping):
+            return {key: plain(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner, depth + 1) for inner in value]
+        return value
+
+    return plain(content, 0)
+
+
+def _rows_of(parameters: nn.ParameterDict) -> dict[str, Any]:
+    """Its entries, as every version of torch pickled them: before 1.12 it kept no list of their names."""
+    state = vars(parameters)
+    kept: dict[str, Any] = dict(state.get("_parameters") or {})
+    return kept | {name: state[name] for name in state.get("_keys", ()) if name not in kept and name in state}
+
+
+def _unbounded(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} can not be read: {what}",
+        allowed="pickles of plain tensors, each with all its numbers in the file",
+        do="get the same weights as .safetensors",
+    )
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+    found = stranger(path) if path.is_file() else None
+    if found is not None:
+        return _is_no_weights(path, found)
     return UserError(
         f"{path} can not be read: it is damaged, or no file of weights ({reason})",
         allowed="a whole file of weights, as safetensors or as torch.save writes them",
         do="fetch it again",
+    )
+
+
+def _is_no_weights(path: Path, found: Stranger) -> UserError:
+    return UserError(
+        f"{path} can not be read: it is {found.what}",
+        allowed="a whole file of weights, as safetensors or as torch.save writes them",
+        do=found.do,
     )

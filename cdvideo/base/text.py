@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,12 @@ def find_tokens(prompt: str, tokens: Sequence[str]) -> list[str]:
     """The concept tokens that stand in a prompt as whole words (case ignored), in order of appearance, repeats kept."""
     if not tokens:
         return []
-    spelling = {token.lower(): token for token in tokens}
-    return [spelling[found.lower()] for found in _token_pattern(tokens).findall(prompt)]
+    return [_spelled(found, tokens) for found in _token_pattern(tokens).findall(prompt)]
+
+
+def _spelled(found: str, tokens: Iterable[str]) -> str:
+    """The token that was found, as it is spelled itself: `re` takes ſ for s, which lower-casing does not."""
+    return next(token for token in tokens if re.fullmatch(re.escape(token), found, re.IGNORECASE))
 
 
 def _ids_and_slots(
@@ -66,14 +70,13 @@ def _ids_and_slots(
 ) -> tuple[list[int], list[tuple[int, str, int]]]:
     """Ids of one prompt without start and end, and its slots (position without start, token, row)."""
     pieces = _token_pattern(list(tokens)).split(prompt) if tokens else [prompt]
-    spelling = {token.lower(): token for token in tokens}
     ids: list[int] = []
     slots: list[tuple[int, str, int]] = []
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
             ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids  # `tokenize` tells what is cut
             continue
-        token = spelling[piece.lower()]
+        token = _spelled(piece, tokens)
         slots += [(len(ids) + row, token, row) for row in range(tokens[token])]
         ids += [SLOT_ID] * tokens[token]
     return ids, slots

@@ -39,6 +39,13 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_CONCEPT = TINY_BASE / "sample_concept.safetensors"
 PREVIEW_BYTES = 20_000
+# What others read of the metadata without asking.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "class_words": Mapping,
+    "adapter_settings": Mapping,
+    "steps": (int, float),
+}
+_KINDS |= dict.fromkeys(("base_name", "base_hash", "adapter", "preview"), str)
 _ALLOWED = "a whole concept file, as scripts/train_concept.py writes it"
 
 
@@ -163,10 +170,20 @@ def _read(path: Path, *, device: str | None) -> tuple[ConceptMetadata, dict[str,
         ) from error
     if header is None:
         raise UserError(f"{path} is a safetensors file, but no concept", allowed=_ALLOWED, do="name another --concept")
-    return _parse_metadata(path, json.loads(header)), tensors
+    return _parse_metadata(path, header), tensors
 
 
-def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
+def _parse_metadata(path: Path, text: str) -> ConceptMetadata:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: its metadata is no JSON ({type(error).__name__})", allowed=_ALLOWED, do="train it again"
+        ) from error
+    if not isinstance(header, Mapping):
+        raise UserError(
+            f"{path}: its metadata is a {type(header).__name__}, and no object", allowed=_ALLOWED, do="train it again"
+        )
     if header.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {header.get('format_version')}",
@@ -177,6 +194,13 @@ def _parse_metadata(path: Path, header: Mapping[str, Any]) -> ConceptMetadata:
     if header.keys() != fields:
         raise UserError(
             f"{path}: metadata differs in {', '.join(sorted(header.keys() ^ fields))}",
+            allowed=_ALLOWED,
+            do="train it again",
+        )
+    strange = [name for name, kind in _KINDS.items() if not isinstance(header[name], kind)]
+    if strange or not all(isinstance(word, str) for word in header["class_words"].values()):
+        raise UserError(
+            f"{path}: metadata of another kind: {', '.join(strange) or 'class_words'}",
             allowed=_ALLOWED,
             do="train it again",
         )

@@ -66,6 +66,12 @@ def load_motion(
     Raises:
         UserError: no such path, something other than motion modules, a config or weights that do not belong together.
     """
+    if not path.exists():
+        raise UserError(
+            f"there is no {path}",
+            allowed="a folder as diffusers' MotionAdapter saves it, or a file of motion modules",
+            do="check the path given with --motion",
+        )
     # Weights that lie beside their config are read with it.
     if path.is_file() and not (
         path.name.startswith("diffusion_pytorch_model") and (path.parent / CONFIG_FILE).is_file()
