@@ -36,7 +36,7 @@ _ARRAYS: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in (
 _ARRAYS += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 # ParameterDict: in which textual inversion first kept its rows.
 _HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict, *_ARRAYS]
-_DEEPEST, _MOST = 64, 10**6  # of what a pickle nests, and of all its entries together
+_DEEPEST, _MOST = 64, 200_000  # of what a pickle nests, and of all its entries together
 
 
 def read_tensors(path: Path, *, dtype_of: Callable[[str], torch.dtype] | None = None) -> dict[str, Tensor]:

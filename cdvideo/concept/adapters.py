@@ -9,8 +9,8 @@
 The base is never written: while a concept acts, the UNet holds other tensors in place of its own, and gets them back.
 
 Concepts that were trained here leave the text encoder as it is. LoRA files from elsewhere often change it too: `lora`,
-`lycoris` and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`, in SDXL's second one with
-`text_encoder_2.text_model.`.
+`lycoris` and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`, in SDXL's second one
+with `text_encoder_2.text_model.`.
 """
 
 from __future__ import annotations

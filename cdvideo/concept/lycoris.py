@@ -4,8 +4,8 @@
     LoHa    (w1_a w1_b) * (w2_a w2_b)          elementwise: FedPara, arXiv 2108.06098
     LoKr    w1 (x) w2, each whole or a b       Kronecker: KronA, arXiv 2212.10650
 
-A layer's change is made where it is wanted, one layer after the other: all at once they are as large as the model, while
-the factors are a thousandth of it. The scale, alpha / R, is within the factors. Formulas and shapes are those of
+A layer's change is made where it is wanted, one layer after the other: all at once they are as large as the model,
+while the factors are a thousandth of it. The scale, alpha / R, is within the factors. Formulas and shapes are those of
 lycoris/modules and lycoris/functional of LyCORIS 3.4. In a concept file a part is `<layer>.<part>`.
 """
 
@@ -70,7 +70,7 @@ def change_of(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def has_effect(parts: Parts) -> bool:
-    """Whether the parts change anything; a Kronecker product, and one of random factors, does where no factor is zero."""
+    """Whether the parts change anything; a Kronecker product does where no factor is zero."""
     if "dora_scale" in parts or ("sparse" in parts and parts["sparse"].any()):
         return True
     form = form_of(parts)

@@ -4,9 +4,9 @@ They name no layer. `unet:<i>:up` in safetensors, or a list [up 0, down 0, up 1,
 the order in which their modules were registered, within modules of some classes: by default all linear layers of
 attentions, and in later files of GEGLU; in the text encoder those of CLIPAttention. The scale is 1: W' = W + up down.
 
-The order is lora_diffusion's `_find_modules` on the diffusers and transformers of then: downward blocks, upward blocks, the
-middle; to_q, to_k, to_v, to_out; and k, v, q, out in CLIP. Where the feed-forward layer stands depends on the version of
-diffusers: at first it was registered between the two attentions, later behind both. Shapes tell which.
+The order is lora_diffusion's `_find_modules` on the diffusers and transformers of then: downward blocks, upward blocks,
+the middle; to_q, to_k, to_v, to_out; and k, v, q, out in CLIP. Where the feed-forward layer stands depends on the
+version of diffusers: at first it was registered between the two attentions, later behind both. Shapes tell which.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _broken(foreign: Foreign, what: str) -> UserError:
 
 def _unfit(foreign: Foreign, base: Base, model: str, count: int) -> UserError:
     return UserError(
-        f"{foreign.path} is a LoRA of cloneofsimo/lora for {model}: its {count} pairs are not those of base {base.name!r}, "
-        f"matched 0/{len(foreign.tensors)}",
+        f"{foreign.path} is a LoRA of cloneofsimo/lora for {model}: its {count} pairs are not those of base "
+        f"{base.name!r}, matched 0/{len(foreign.tensors)}",
         allowed="pairs in the order and the sizes of the base's attentions (and GEGLU), or of its text encoder",
         do="use the --base that it was made for; most are of Stable Diffusion 1, some of 2",
     )

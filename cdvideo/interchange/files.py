@@ -27,8 +27,8 @@ TEXTUAL_INVERSION = "textual inversion"
 CUSTOM_DIFFUSION = "Custom Diffusion"
 DELTA = "Custom Diffusion delta"
 READABLE = (
-    "a cdvideo concept, a LoRA of kohya, LyCORIS, diffusers, PEFT, ComfyUI or cloneofsimo, a textual inversion, or a Custom "
-    "Diffusion file"
+    "a cdvideo concept, a LoRA of kohya, LyCORIS, diffusers, PEFT, ComfyUI or cloneofsimo, a textual inversion, or a "
+    "Custom Diffusion file"
 )
 BUNDLED = "bundle_emb."  # before the words of embeddings that OneTrainer keeps within a LoRA
 # The rows of one word for SDXL's two text encoders: of web UIs, of Replicate's trainer.
@@ -156,9 +156,9 @@ def _tell_lora(path: Path, content: Mapping[str, Any], *, is_lora: bool) -> str 
 def _tell_list(path: Path, content: Sequence[Any]) -> str:
     """A list of pairs, up and down, of which nothing but their order says where they belong."""
     tensors = [tensor for tensor in content if isinstance(tensor, Tensor) and tensor.ndim in (2, 4)]
-    if len(tensors) == len(content) and content and len(content) % 2 == 0:
-        if all(up.shape[1] == len(down) for up, down in zip(tensors[::2], tensors[1::2], strict=True)):
-            return CLONEOFSIMO
+    is_paired = len(tensors) == len(content) > 0 and len(content) % 2 == 0
+    if is_paired and all(up.shape[1] == len(down) for up, down in zip(tensors[::2], tensors[1::2], strict=True)):
+        return CLONEOFSIMO
     if content and all(isinstance(each, Mapping) and {"emb", "emb2"} <= each.keys() for each in content):
         raise _unknown(path, "a list of embeddings for SDXL in the form of oss-roettger's notebook, {emb, emb2}")
     kinds = ", ".join(sorted({type(each).__name__ for each in content})) or "nothing"

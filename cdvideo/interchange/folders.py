@@ -1,7 +1,7 @@
 """Folders as training scripts leave them: which of their files are the adapter.
 
-Beside it lie states of the training, whole models, earlier states of the same adapter (epochs, steps, checkpoint-500), and
-the same adapter in other forms. None of those is added to it.
+Beside it lie states of the training, whole models, earlier states of the same adapter (epochs, steps, checkpoint-500),
+and the same adapter in other forms. None of those is added to it.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ _LORA_FOR_OURS = "name a LoRA that was trained on Stable Diffusion 1, 2 or XL"
 _ANOTHER = "name another file"
 # By what a key matches, of LoRAs: models whose layers are called so.
 _LORAS = {
-    r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]": "a LoRA for a transformer, Flux or its like",
-    r"(^|[._])(joint_blocks|joint_transformer_blocks)[._]|\.add_[kqv]_proj\.": "a LoRA for a transformer, SD3 or its like",
-    r"(^|\.|^lora_unet_)blocks[._]\d+[._](cross_attn|self_attn|ffn)[._]": "a LoRA for a transformer, Wan or its like",
+    r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]": "a LoRA for a transformer, Flux or alike",
+    r"(^|[._])(joint_blocks|joint_transformer_blocks)[._]|\.add_[kqv]_proj\.": "a LoRA for a transformer, SD3 or alike",
+    r"(^|\.|^lora_unet_)blocks[._]\d+[._](cross_attn|self_attn|ffn)[._]": "a LoRA for a transformer, Wan or alike",
     r"(^|[._])(temp_attentions|temp_convs|transformer_in|temporal_transformer_blocks)[._]": "a LoRA for a film model",
     r"(encoder|decoder)\.block\.\d+\.layer|^lora_te3_": "a LoRA for T5, a language model",
     r"^((base_model\.)?model\.)*layers\.\d+\.": "a LoRA for a language model",
@@ -89,7 +89,7 @@ def other_kind(keys: Sequence[str], flat: Sequence[str]) -> Other | None:
             "save emb as clip_l and emb2 as clip_g in a .safetensors file, called by its word",
         )
     for pattern, what, do in _OTHERS:
-        if found := next((key for key in flat if re.search(pattern, key)), None):
+        if found := next((key for key in (*keys, *flat) if re.search(pattern, key)), None):
             return Other(what, found, do)
     start = next((key for key in flat if re.search(r"(^|\.)down_blocks\.0\.resnets\.0\.", key)), None)
     if start is not None and any(re.search(r"(^|\.)conv_in\.weight$", key) for key in flat):

@@ -130,8 +130,8 @@ def require_places(foreign: Foreign, base: Base, found: Found) -> None:
     raise UserError(
         f"{foreign.path}: matched {count - len(lost)}/{count} tensors of base "
         f"{base.name!r}; no place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),
-        allowed="factors of LoRA or LyCORIS, under names of kohya, diffusers, PEFT or ComfyUI, for layers that the base "
-        "has, in its sizes",
+        allowed="factors of LoRA or LyCORIS, under names of kohya, diffusers, PEFT or ComfyUI, for layers that the "
+        "base has, in its sizes",
         do="save it again from its trainer: its names are not those of any that is known"
         if unknown
         else "use the --base that the file was made for",

@@ -18,7 +18,9 @@ from cdvideo.concept.adapters import text_models
 from cdvideo.interchange import sdxl
 
 # Wrappings of torch.compile, FSDP, DDP and PEFT, and a model's name twice.
-_WITHIN = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|(?<=\.)processor\.")
+_WITHIN = re.compile(
+    r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|(?<=\.)base_layer\.|(?<=\.)processor\."
+)
 _BEFORE = re.compile(r"^(?:module\.|base_model\.model\.|model\.(?=unet\.|text_encoder))+")
 _TWICE = re.compile(r"^(unet|text_encoder_2|text_encoder)\.(?:\1\.|module\.|base_model\.model\.)+")
 _KOHYA_WRAPPED = re.compile(r"^(lora_(?:unet|te\d?)_)(?:_orig_mod_|module_)+")

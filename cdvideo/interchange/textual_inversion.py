@@ -1,8 +1,8 @@
 """Textual inversion (arXiv 2208.01618): rows of text input under a word, in everybody's files.
 
-diffusers keeps {word: rows}; web UIs string_to_param or emb_params, where the word is the file's name, and for SDXL clip_l
-and clip_g; diffusers' script for SDXL a second file, learned_embeds_2; Replicate's trainer text_encoders_0 and _1, whose
-rows are called <s0>, <s1>, ...; OneTrainer bundle_emb.<word>.<form> within a LoRA.
+diffusers keeps {word: rows}; web UIs string_to_param or emb_params, where the word is the file's name, and for SDXL
+clip_l and clip_g; diffusers' script for SDXL a second file, learned_embeds_2; Replicate's trainer text_encoders_0 and
+_1, whose rows are called <s0>, <s1>, ...; OneTrainer bundle_emb.<word>.<form> within a LoRA.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _named_rows(foreign: Foreign, base: Base) -> dict[str, Tensor]:
 
 
 def _of_web_ui(content: Mapping[str, Any], stem: str) -> dict[str, Tensor]:
-    """Each placeholder's rows under its own name; those of "*", the usual one, under the file's name and the inner one."""
+    """Each placeholder's rows under its own name; those of "*", the usual one, under the file's and the inner one."""
     inner, rows = content.get("name"), dict[str, Tensor]()
     params = content["string_to_param"]
     for placeholder, value in params.items() if isinstance(params, Mapping) else ():

@@ -158,7 +158,7 @@ def write_custom_diffusion(export: Export) -> None:
 
 def file_name(token: str) -> str:
     """A token as a file's name on every system: <new1> is new1, and the names that Windows keeps get a mark."""
-    name = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "token"
+    name = re.sub(r"[^\w.-]+", "-", token).strip("-").rstrip(".") or "token"
     return f"{name}-token" if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE) else name
 
 

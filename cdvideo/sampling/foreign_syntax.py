@@ -19,7 +19,7 @@ _FORMS = (
 
 
 def foreign_syntax(prompts: Iterable[str]) -> list[str]:
-    """A line for each form that prompts elsewhere have and that does nothing here, with the first of it that stands there.
+    """A line for each form that prompts elsewhere have and that does nothing here, with the first that stands there.
 
     >>> foreign_syntax(["a (red:1.3) dog"])
     ['(red:1.3) in the prompt: it is read as these very letters: words have no weights here']

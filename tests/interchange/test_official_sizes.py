@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cdvideo.base.loader import Base
+from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.custom_diffusion import read_custom_diffusion
 from cdvideo.interchange.files import CUSTOM_DIFFUSION, KOHYA, Foreign
-from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.lora import adaptable_layers
 from cdvideo.interchange.names import kohya_name
 from tests.interchange.parts import (

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
+from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.files import read_foreign
 from cdvideo.interchange.load import load_adapters
-from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.lora import adaptable_layers
 from cdvideo.interchange.names import kohya_name
 from tests.interchange.parts import (
