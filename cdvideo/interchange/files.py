@@ -36,8 +36,10 @@ TWO_ROWS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
 MOST_ROWS = 75  # what a prompt takes
 
 _PEFT_PREFIX = "base_model.model."
-_LORA_PARTS = (".lora_A", ".lora_B", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
-_LORA_PARTS += (".lora_down.", ".lora_up.")
+_LORA_PARTS = (
+    *(".lora_A", ".lora_B", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer."),
+    *(".lora_down.", ".lora_up."),
+)
 _COMFY = ("diffusion_model.", "text_encoders.", "clip_l.", "clip_g.", "clip_h.")
 _SIMO_KEY = re.compile(r"(?P<model>[\w]+):(?P<index>\d+):(?P<side>up|down)")
 _LYCORIS_ENDS = tuple(f".{part}" for part in LYCORIS_PARTS)

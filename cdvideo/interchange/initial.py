@@ -1,8 +1,8 @@
 """PEFT's initialisations that take their first factors out of the base: what was trained is the change from them.
 
 PiSSA (arXiv 2404.02948), OLoRA (2406.01775), CorDA, LoftQ and LoRA-GA begin with W = W_rest + s B0 A0. The file holds
-B and A, so on the base as it was the change is s (B A - B0 A0). PiSSA and OLoRA have B0 A0 from W alone; of the others only a
-copy of the first factors tells it, as PEFT's guides save it for the conversion into a plain LoRA.
+B and A, so on the base as it was the change is s (B A - B0 A0). PiSSA and OLoRA have B0 A0 from W alone; of the others
+only a copy of the first factors tells it, as PEFT's guides save it for the conversion into a plain LoRA.
 """
 
 from __future__ import annotations

@@ -28,8 +28,10 @@ from cdvideo.interchange.settings import PEFT_CONFIG, read_settings
 from cdvideo.interchange.textual_inversion import words_of
 
 # What headers say about a file's use, in kohya's and Stability's words.
-_TOLD = ("modelspec.title", "modelspec.trigger_phrase", "ss_training_comment", "modelspec.architecture")
-_TOLD = (*_TOLD, "ss_base_model_version", "ss_sd_model_name")
+_TOLD = (
+    *("modelspec.title", "modelspec.trigger_phrase", "ss_training_comment", "modelspec.architecture"),
+    *("ss_base_model_version", "ss_sd_model_name"),
+)
 
 
 def describe(path: Path) -> list[str]:
@@ -51,9 +53,9 @@ def _details(foreign: Foreign) -> Iterator[str]:
         yield f"  adapter {metadata.adapter}, tokens {words or 'none'}"
         yield f"  trained on {metadata.base_name} ({metadata.base_hash}), {metadata.steps} steps"
         return
-    if words := words_of(foreign):
-        rows = ", ".join(f"{word} ({count} {'row' if count == 1 else 'rows'})" for word, count in words.items())
-        yield f"  {'word' if len(words) == 1 else 'words'}: {rows}"
+    if found := words_of(foreign):
+        rows = ", ".join(f"{word} ({count} {'row' if count == 1 else 'rows'})" for word, count in found.items())
+        yield f"  {'word' if len(found) == 1 else 'words'}: {rows}"
     if foreign.kind == LYCORIS:
         yield "  " + ", ".join(f"{form} of {count} layers" for form, count in sorted(forms(tensors).items()))
     if foreign.kind not in (TEXTUAL_INVERSION, DELTA):

@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _inspect(config: ConvertConfig) -> None:
+    from cdvideo.interchange.folders import files_of
     from cdvideo.interchange.inspect import describe
-    from cdvideo.interchange.load import files_of
 
     for path, _ in config.files:
         for file in files_of(path, print):

@@ -17,8 +17,10 @@ from cdvideo.base.prompts import split_rows
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 ROWS = ("clip_l", "clip_g")  # how web UIs call the rows of the first and of the second text encoder
-_KEYS = ("lora_te1_", "lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
-_KEYS = (*_KEYS, "text_encoders.clip_g.", "clip_g.")
+_KEYS = (
+    *("lora_te1_", "lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_"),
+    *("text_encoders.clip_g.", "clip_g."),
+)
 _ONE_TEXT = re.compile(r"lora_te_|text_encoder\.|(base_model\.model\.)?text_model\.")  # of a base that has one encoder
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that K and V read
 _READS_TEXT = re.compile(r"attn2[._](processor\.)?to_[kv].*(down|lora_A)(\.default)?\.weight")

@@ -125,7 +125,7 @@ def _named_rows(foreign: Foreign, base: Base) -> dict[str, Tensor]:
 
 def _of_web_ui(content: Mapping[str, Any], stem: str) -> dict[str, Tensor]:
     """Each placeholder's rows under its own name; those of "*", the usual one, under the file's and the inner one."""
-    inner, rows = content.get("name"), dict[str, Tensor]()
+    inner, rows = content.get("name"), dict[str, Any]()
     params = content["string_to_param"]
     for placeholder, value in params.items() if isinstance(params, Mapping) else ():
         if placeholder == "*" or len(params) == 1:

@@ -186,40 +186,43 @@ def _lora_layers(export: Export) -> dict[str, LoraLayer]:
             allowed="changes of linear layers and convolutions",
             do="accept an approximation without them: --rank 64",
         )
-    layers: dict[str, LoraLayer] = {}
+    nearest: dict[str, LoraLayer] = {}
     lost = whole = 0.0
     start = told = time.perf_counter()
-    for count, (name, layer, error, size) in enumerate(_nearest(export, places), start=1):
+    for count, (name, layer, error, size) in enumerate(_each_nearest(export, places), start=1):
         whole, lost = whole + size, lost + error
         if layer is not None:
-            layers[name] = layer
+            nearest[name] = layer
         if time.perf_counter() - told > PATIENCE:
             told = time.perf_counter()
             export.report(f"{count} of {len(names)} changes as low-rank ones, {told - start:.0f} s")
-    if not layers:
+    if not nearest:
         raise UserError(
             "the concept changes biases and norms alone",
             allowed="changes of linear layers and convolutions",
             do="use --to cdvideo, which holds all",
         )
-    ranks = [layer.rank for layer in layers.values()]
+    ranks = [layer.rank for layer in nearest.values()]
     export.report(
-        f"{len(layers)} changes as low-rank ones of rank {min(ranks)} to {max(ranks)}: error "
+        f"{len(nearest)} changes as low-rank ones of rank {min(ranks)} to {max(ranks)}: error "
         f"{math.sqrt(max(0.0, lost) / whole):.1e} of the change"
         + (f", {len(beyond)} biases and norms left out" if beyond else "")
     )
-    return layers
+    return nearest
 
 
 def _changed_names(concept: Concept) -> set[str]:
     """What the concept changes: layers, and biases as `<layer>.bias`."""
     if concept.metadata.adapter == "lora":
         return lora_paths(concept.weights)
-    whole = {name.removesuffix(".delta") for name in concept.weights if name.endswith(".delta")}
+    deltas = {name: tensor for name, tensor in concept.weights.items() if name.endswith(".delta")}
+    whole = {name.removesuffix(".delta") for name, change in deltas.items() if change.any()}
     return whole | set(lycoris.by_layer(concept.weights))
 
 
-def _nearest(export: Export, places: Mapping[str, nn.Module]) -> Iterator[tuple[str, LoraLayer | None, float, float]]:
+def _each_nearest(
+    export: Export, places: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, LoraLayer | None, float, float]]:
     """For each change its name, the nearest low-rank one, its squared error and the squared size of the change; None
     in place of a layer where a LoRA has none. Factors of low rank are never unfolded."""
     concept = export.concept

@@ -20,6 +20,7 @@ from cdvideo.concept.file import load_concept, save_concept
 from cdvideo.concept.merge import merge_concepts, weighted
 from cdvideo.errors import UserError
 from cdvideo.interchange.load import load_adapters
+from cdvideo.interchange.needs import merged_bytes
 from cdvideo.interchange.write import Export, write_kohya
 from tests.interchange.parts import changes_of, load, random
 from tests.interchange.test_lycoris import lycoris_file
@@ -408,3 +409,17 @@ def test_nothing_is_said_of_what_is_well(tiny_base: Base, tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         load(tiny_base, tmp_path / "a.safetensors")
     assert not caplog.records
+
+
+def test_what_adapters_change_stands_twice_in_memory(tiny_base: Base, tmp_path: Path) -> None:
+    """The reckoning knows of it before anything is loaded."""
+    expected = lycoris_file(tiny_base, tmp_path / "a.safetensors", "lokr")
+    save_concept(load(tiny_base, tmp_path / "a.safetensors"), tmp_path / "own.safetensors")
+    tiny_base.unet.to("meta")
+    sizes = {name: 4 * change.numel() for name, change in expected.items()}
+    of_unet = sum(size for name, size in sizes.items() if name.startswith("unet."))
+    for file in ("a", "own"):
+        found = merged_bytes(tiny_base, [(tmp_path / f"{file}.safetensors", 1.0)])
+        assert found == (of_unet, sum(sizes.values()) - of_unet)
+    save_file({"sks": random(1, 32)}, tmp_path / "sks.safetensors")
+    assert merged_bytes(tiny_base, [(tmp_path / "sks.safetensors", 1.0)]) == (0, 0)
