@@ -28,6 +28,7 @@ from cdvideo.interchange.files import (
     read_foreign,
 )
 
+WORD = "cdvideo.word"  # in the header of files that we write, whose own name may have to be another
 _ALIASES = "special_params.json"  # where Replicate's trainer keeps what the user calls <s0><s1>
 _FORMS = {"clip_l", "clip_g", "emb_params", "t5", "string_to_param", "vector", "clip_l_out", "clip_g_out"}
 
@@ -113,7 +114,7 @@ def _named_rows(foreign: Foreign, base: Base) -> dict[str, Tensor]:
     for pair in TWO_ROWS:
         if set(pair) & content.keys():
             joined = _joined(foreign, base, stem, {name: content[name] for name in pair if name in content})
-            return _numbered(foreign, joined) if pair == TWO_ROWS[1] else {stem: joined}
+            return _numbered(foreign, joined) if pair == TWO_ROWS[1] else {foreign.header.get(WORD, stem): joined}
     if "emb_params" in content:
         return {stem: content["emb_params"]}
     if "string_to_param" in content:

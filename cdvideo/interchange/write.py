@@ -39,6 +39,7 @@ from cdvideo.interchange.lora import (
     peft_tensors,
 )
 from cdvideo.interchange.settings import METADATA, PEFT_CONFIG
+from cdvideo.interchange.textual_inversion import WORD
 from cdvideo.runs import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -268,7 +269,10 @@ def _write_tokens(export: Export) -> None:
         if others:
             export.report(f"{token} is also called {', '.join(others)}: written once")
         rows = sdxl.parted_rows(export.base, rows_KD) if export.base.is_sdxl else {token: _rows(rows_KD)}
-        _write_safetensors(export, f"{file_name(token)}.safetensors", rows, {"format": "pt"})
+        name = file_name(token)
+        if name != token:
+            export.report(f"the file of {token} is called {name}, which web UIs take for the word")
+        _write_safetensors(export, f"{name}.safetensors", rows, {"format": "pt", WORD: token})
 
 
 def _rows(rows_KD: Tensor) -> Tensor:

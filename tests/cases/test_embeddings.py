@@ -17,6 +17,7 @@ from cdvideo.base.loader import Base
 from cdvideo.base.text import find_tokens, tokenize
 from cdvideo.errors import UserError
 from cdvideo.interchange.inspect import describe
+from cdvideo.interchange.write import Export, write_textual_inversion
 from cdvideo.sampling.animate import _choose_concept
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.foreign_syntax import foreign_syntax
@@ -209,3 +210,14 @@ def test_what_prompts_of_web_uis_hold(prompt: str, found: str | None) -> None:
     said = foreign_syntax(["", prompt])
     assert [line.partition(" in the prompt")[0] for line in said] == ([found] if found else [])
     assert len(foreign_syntax(["(a:1.2) <lora:x:1>", "(b:2.0)"])) == 2
+
+
+def test_names_that_are_no_names_on_windows_keep_their_word(tiny_sdxl: Base, tmp_path: Path) -> None:
+    """SDXL's rows stand in a file without their word."""
+    save_file(dict(zip(("clip_l", "clip_g"), halves(), strict=True)), tmp_path / "<cat>.safetensors")
+    said: list[str] = []
+    write_textual_inversion(
+        Export(tiny_sdxl, load(tiny_sdxl, tmp_path / "<cat>.safetensors"), tmp_path, "a", None, said.append)
+    )
+    assert said[0].startswith("the file of <cat> is called cat")
+    assert load(tiny_sdxl, tmp_path / "cat.safetensors").tokens.keys() == {"<cat>"}
