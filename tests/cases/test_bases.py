@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cdvideo.base import hashes
-from cdvideo.base.checkpoint import describe_bytes, read_metadata, read_tensors
+from cdvideo.base.checkpoint import read_metadata, read_tensors
 from cdvideo.base.ldm import used_layers
 from cdvideo.base.loader import Base, find_base, load_base, weights_hash
 from cdvideo.base.memory import base_from_configs
 from cdvideo.base.prompts import encode_prompts
+from cdvideo.base.signatures import describe_bytes
 from cdvideo.concept.concept import public_base_name
 from cdvideo.errors import UserError
 from cdvideo.motion.config import MotionConfig
