@@ -19,7 +19,6 @@ from cdvideo.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
-DEPTH = 16  # of lists and mappings in each other, in a pickle; trainers nest three or four
 PIECE = 2**27  # bytes of a file that are in memory at once while its tensors are cast; one tensor may be more
 
 

@@ -59,14 +59,8 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
     metadata = dataclasses.replace(
         concepts[0].metadata,
         class_words={token: word for c in concepts for token, word in c.metadata.class_words.items()},
-        initialiser="",
         base_name=public_base_name(base.name),  # whose reading of the words it is made for
         base_hash=base.hash,
-        steps=0,  # how it was trained, no one number tells
-        lr=0.0,
-        token_lr=0.0,
-        seed=0,
-        loss_weights={},
         adapter=kind,
         adapter_settings=settings,
         **_OF_ONE_TRAINING,
