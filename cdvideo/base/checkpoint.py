@@ -7,17 +7,18 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cdvideo.base.signatures import describe_bytes
 from cdvideo.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
-DEPTH = 16  # of lists and mappings in each other, in a pickle; trainers nest three or four
 PIECE = 2**27  # bytes of a file that are in memory at once while its tensors are cast; one tensor may be more
 
 
@@ -29,71 +30,13 @@ class _Inert:
 
 # Stable Diffusion's own .ckpt files carry the state of this callback.
 _STAND_INS: list[Any] = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-_HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict]  # in which textual inversion first kept its rows
-
-
-class Described(NamedTuple):
-    """What a file is that is no file of weights, and what to do about it."""
-
-    what: str
-    do: str
-
-
-_WEB_PAGE = Described("a web page", "download the file itself: the link behind the download button, not the page's own")
-_POINTER = Described(
-    "a Git LFS pointer, which stands for a file that was not fetched",
-    "run `git lfs pull` in the repository that it comes from, or download the file itself",
-)
-_ARCHIVE = "unpack it, and name the file of weights that is in it"
-# What files begin with.
-_BEGINNINGS: tuple[tuple[bytes, Described], ...] = (
-    (b"version https://git-lfs", _POINTER),
-    (b"\x89PNG\r\n", Described("a PNG picture", "name the file of weights that belongs to it")),
-    (b"\xff\xd8\xff", Described("a JPEG picture", "name the file of weights that belongs to it")),
-    (b"GIF8", Described("a GIF picture", "name the file of weights that belongs to it")),
-    (b"RIFF", Described("a WebP picture, a film or a sound", "name the file of weights that belongs to it")),
-    (b"%PDF", Described("a PDF document", "name a file of weights")),
-    (b"GGUF", Described("a GGUF file, quantised for other programs", "get the same weights as .safetensors")),
-    (b"\x89HDF", Described("an HDF5 file, as Keras writes it", "get the same weights as .safetensors")),
-    (b"\x1f\x8b", Described("a gzip archive", _ARCHIVE)),
-    (b"7z\xbc\xaf", Described("a 7z archive", _ARCHIVE)),
-    (b"Rar!", Described("a RAR archive", _ARCHIVE)),
-)
-
-
-def describe_bytes(path: Path) -> Described | None:
-    """What a file without weights is, by its first bytes: a web page, a Git LFS pointer, a picture, an archive, text.
-
-    Of a file of weights, whole or damaged, it says nothing.
-    """
-    with path.open("rb") as file:
-        start = file.read(512)
-    if not start:
-        return Described("an empty file", "fetch it again")
-    if start[4:9] == b"\0\0\0\0{":  # of safetensors, whatever its length looks like
-        return None
-    for beginning, described in _BEGINNINGS:
-        if start.startswith(beginning):
-            return described
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text[:1] == b"<":
-        return _WEB_PAGE
-    if text[:1] in (b"{", b"["):
-        return Described("a JSON text", "download the file itself: this may be a server's answer, or a config")
-    if start.startswith(b"PK") and zipfile.is_zipfile(path) and not _is_of_torch(path):
-        return Described("a zip archive, and not one of torch", _ARCHIVE)
-    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
-        return Described("a text", "download the file of weights itself")
-    return None
-
-
-def _is_of_torch(path: Path) -> bool:
-    """Whether a zip archive is one of torch.save's, or too damaged to tell."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    except Exception:  # a damaged directory raises whatever its numbers lead to
-        return True
+# torch pickled tensors of a Mac's GPU as arrays of NumPy, which were at another place before NumPy 2.
+_reconstruct = np.zeros(1).__reduce__()[0]
+_ARRAYS: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8"))]
+_ARRAYS += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+# ParameterDict: in which textual inversion first kept its rows.
+_HARMLESS: list[Any] = [*_STAND_INS, nn.ParameterDict, *_ARRAYS]
+_DEEPEST, _MOST = 64, 200_000  # of what a pickle nests, and of all its entries together
 
 
 def read_tensors(path: Path, *, dtype_of: Callable[[str], torch.dtype] | None = None) -> dict[str, Tensor]:
@@ -155,11 +98,11 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
     name. The tensors lie in the file itself, mapped into memory: they take room only as they are read.
 
     Raises:
-        UserError: a damaged file, one of another kind, by name, a pickle of more than tensors and plain values, or one
-            whose tensors claim to be larger than what is stored of them.
+        UserError: a damaged file, a pickle of more than tensors and plain values, or one that would unfold to more than
+            the file holds.
     """
-    content, header = (_read_pickle(path), {}) if _is_pickle(path) else _read_safetensors(path)
-    for _ in range(2):
+    content, header = (_plain(path, _read_pickle(path)), {}) if _is_pickle(path) else _read_safetensors(path)
+    for _ in range(2):  # Lightning's wrapping, and one more around it
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
     if isinstance(content, Mapping):
@@ -203,7 +146,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
@@ -215,43 +158,49 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except Exception as error:  # damaged bytes, read as pickled instructions, raise whatever the broken one raises
         raise _damaged(path, error) from error
-    _check_claims(path, content)
-    return content
 
 
-def _check_claims(path: Path, content: Any) -> None:
-    """A few bytes of a pickle may claim a tensor of any size (strides of 0), or hold themselves.
+def _plain(path: Path, content: Any) -> Any:
+    """What a pickle holds, with dicts in place of `ParameterDict`.
 
     Raises:
-        UserError: a tensor that is larger than what is stored of it, or of a kind that no weights have; values nested
-            without an end.
+        UserError: For what nests without an end, and for tensors of more numbers than the file has for them.
     """
-    level, seen = [content], set[int]()
-    for _ in range(DEPTH):
-        deeper: list[Any] = []
-        for value in level:
-            if isinstance(value, Tensor):
-                _check_tensor(path, value)
-            elif isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in seen:
-                seen.add(id(value))
-                deeper += value.values() if isinstance(value, Mapping) else value
-        level = deeper
-    if any(not isinstance(value, Tensor) and isinstance(value, (Mapping, list, tuple)) for value in level):
-        raise _hostile(path, f"values nested in each other more than {DEPTH} times")
+    entries, size = 0, path.stat().st_size
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal entries
+        entries += 1
+        if depth > _DEEPEST or entries > _MOST:
+            raise _unbounded(path, f"its entries nest more than {_DEEPEST} deep, or are more than {_MOST:,}")
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise _unbounded(path, "it holds a tensor that is sparse, quantised or without numbers")
+            if value.numel() * value.element_size() > min(size, value.untyped_storage().nbytes()):
+                raise _unbounded(path, f"a tensor of shape {tuple(value.shape)} has fewer numbers in the file")
+            return value
+        if isinstance(value, nn.ParameterDict):
+            value = _rows_of(value)
+        if isinstance(value, Mapping):
+            return {key: plain(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner, depth + 1) for inner in value]
+        return value
+
+    return plain(content, 0)
 
 
-def _check_tensor(path: Path, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise _hostile(path, f"a tensor that is {'quantised' if tensor.is_quantized else 'sparse or empty'}")
-    claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if claimed > stored:
-        raise _hostile(path, f"a tensor of {claimed} bytes, of which {stored} are stored")
+def _rows_of(parameters: nn.ParameterDict) -> dict[str, Any]:
+    """Its entries, as every version of torch pickled them: before 1.12 it kept no list of their names."""
+    state = vars(parameters)
+    kept: dict[str, Any] = dict(state.get("_parameters") or {})
+    return kept | {name: state[name] for name in state.get("_keys", ()) if name not in kept and name in state}
 
 
-def _hostile(path: Path, what: str) -> UserError:
+def _unbounded(path: Path, what: str) -> UserError:
     return UserError(
-        f"{path} holds {what}",
-        allowed="tensors of numbers that are all in the file, by name",
+        f"{path} can not be read: {what}",
+        allowed="pickles of plain tensors, each with all its numbers in the file",
         do="get the same weights as .safetensors",
     )
 

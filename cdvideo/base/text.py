@@ -63,8 +63,7 @@ def find_tokens(prompt: str, tokens: Sequence[str]) -> list[str]:
 
 
 def _spelled(found: str, tokens: Iterable[str]) -> str:
-    """The token that stands so in a prompt. The pattern's own comparison: it takes a long s for an s, as `lower` does
-    not."""
+    """The token that was found, as it is spelled itself: `re` takes ſ for s, which lower-casing does not."""
     return next(token for token in tokens if re.fullmatch(re.escape(token), found, re.IGNORECASE))
 
 

@@ -4,12 +4,13 @@
     kv      K and V of cross-attention     Custom Diffusion, arXiv 2212.04488
     unet    every weight of the UNet       DreamBooth, arXiv 2208.12242
     lora    low-rank changes               LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353
+    lycoris other factors, whole changes   LyCORIS, arXiv 2309.14859; from files of others alone
 
 The base is never written: while a concept acts, the UNet holds other tensors in place of its own, and gets them back.
 
-Concepts that were trained here leave the text encoder as it is. LoRA files from elsewhere often change it too: `lora`
-and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`, in SDXL's second one with
-`text_encoder_2.text_model.`.
+Concepts that were trained here leave the text encoder as it is. LoRA files from elsewhere often change it too: `lora`,
+`lycoris` and `unet` may hold weights for it, whose names begin with `text_encoder.text_model.`, in SDXL's second one
+with `text_encoder_2.text_model.`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
+from cdvideo.concept import lycoris
 from cdvideo.concept.config import AdapterConfig
 from cdvideo.concept.kv import attached, kv_projections, zero_deltas
 from cdvideo.concept.lora import layers_in_place, lora_factors, lora_layers, lora_paths, merged_weight
@@ -119,6 +121,13 @@ def text_changes(base: Base, concept: Concept) -> dict[str, Tensor]:
     }
 
 
+def iter_changes(base: Base, concept: Concept) -> Iterator[tuple[str, Tensor]]:
+    """What the concept adds to UNet and text encoders, by `delta_name`, each made only when it is asked for."""
+    models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
+    for prefix, model in models.items():
+        yield from ((delta_name(name, prefix), change) for name, change in _each_change(model, concept, prefix))
+
+
 def text_models(base: Base) -> dict[str, nn.Module]:
     """The base's text encoders, by how names of their layers begin in a file.
 
@@ -145,11 +154,14 @@ def unfit_weights(base: Base, concept: Concept) -> list[str]:
     if concept.metadata.adapter == "lora":
         layers = {prefix + path: layer for prefix, model in models.items() for path, layer in model.named_modules()}
         return [name for name, factor in concept.weights.items() if not _fits_layer(layers, name, factor)]
-    places = {
-        delta_name(name, prefix): parameter.shape
-        for prefix, model in models.items()
-        for name, parameter in model.named_parameters()
-    }
+    parameters = {prefix + name: p for prefix, model in models.items() for name, p in model.named_parameters()}
+    places = {delta_name(name, ""): parameter.shape for name, parameter in parameters.items()}
+    if concept.metadata.adapter == "lycoris":
+        factors = lycoris.by_layer(concept.weights)
+        unfit = [layer for layer, parts in factors.items() if not fits_layer(parts, parameters.get(f"{layer}.weight"))]
+        inside = {f"{layer}.{part}" for layer, parts in factors.items() for part in parts}
+        whole = {name: delta for name, delta in concept.weights.items() if name not in inside}
+        return unfit + [name for name, delta in whole.items() if places.get(name) != delta.shape]
     if concept.metadata.adapter == "kv":
         places = {name: places[name] for name in kv_projections(base.unet)}
     return [name for name, delta in concept.weights.items() if places.get(name) != delta.shape]
@@ -158,6 +170,17 @@ def unfit_weights(base: Base, concept: Concept) -> list[str]:
 def delta_name(parameter: str, prefix: str = "unet.") -> str:
     """How the file calls the change of a parameter: `unet.<path>.delta` for a weight, `unet.<path>.bias.delta`."""
     return f"{prefix}{parameter.removesuffix('.weight')}.delta"
+
+
+def fits_layer(parts: Mapping[str, Tensor], weight: Tensor | None) -> bool:
+    """Whether these factors of LyCORIS make a change of the weight's shape; nothing is computed."""
+    if weight is None:
+        return False
+    try:
+        lycoris.change_of({name: part.to("meta") for name, part in parts.items()}, weight.to("meta"))
+    except (KeyError, RuntimeError, IndexError, TypeError):
+        return False
+    return True
 
 
 @contextmanager
@@ -187,7 +210,9 @@ def _each_change(model: nn.Module, concept: Concept, prefix: str) -> Iterator[tu
     parameters = dict(model.named_parameters())
     if concept.metadata.adapter != "lora":
         names = {delta_name(name, prefix): name for name in parameters}
-        yield from ((names[name], delta) for name, delta in weights.items())
+        yield from ((names[name], delta) for name, delta in weights.items() if name in names)
+        by_name = {delta_name(name, prefix).removesuffix(".delta"): weight for name, weight in parameters.items()}
+        yield from ((names[f"{layer}.delta"], change) for layer, change in lycoris.each_change(weights, by_name))
         return
     alpha = float(concept.metadata.adapter_settings["alpha"])
     for layer in sorted(lora_paths(weights)):

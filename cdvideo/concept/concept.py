@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cdvideo.base.loader import HUB_ID
@@ -44,6 +46,18 @@ class Concept:
     tokens: dict[str, Tensor]
     weights: dict[str, Tensor]
     metadata: ConceptMetadata
+
+
+def distinct_words(tokens: Mapping[str, Tensor]) -> list[list[str]]:
+    """The words, those together that have the same rows: names of one thing."""
+    groups: list[list[str]] = []
+    for word, rows_KD in tokens.items():
+        group = next((group for group in groups if torch.equal(tokens[group[0]], rows_KD)), None)
+        if group is None:
+            groups.append([word])
+        else:
+            group.append(word)
+    return groups
 
 
 def library_versions() -> dict[str, str]:

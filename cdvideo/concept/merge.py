@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.prompts import encode_batch, tokenize_prompts
-from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
+from cdvideo.concept import lycoris
+from cdvideo.concept.adapters import iter_changes
 from cdvideo.concept.concept import Concept, public_base_name
 from cdvideo.concept.lora import lora_paths
 from cdvideo.concept.phrases import SEMANTIC_PHRASES, fill, training_prompts
@@ -52,20 +53,14 @@ def merge_concepts(base: Base, concepts: Sequence[Concept]) -> Concept:
         raise UserError(
             f"several of the concepts are called {', '.join(twice)}",
             allowed="concepts with different tokens",
-            do="train one of them again with another --token",
+            do="give one of them another word: scripts/convert.py FILE --to textual-inversion --token WORD",
         )
     kind, weights, settings = _merged_weights(base, concepts)
     metadata = dataclasses.replace(
         concepts[0].metadata,
         class_words={token: word for c in concepts for token, word in c.metadata.class_words.items()},
-        initialiser="",
         base_name=public_base_name(base.name),  # whose reading of the words it is made for
         base_hash=base.hash,
-        steps=0,  # how it was trained, no one number tells
-        lr=0.0,
-        token_lr=0.0,
-        seed=0,
-        loss_weights={},
         adapter=kind,
         adapter_settings=settings,
         **_OF_ONE_TRAINING,
@@ -89,7 +84,11 @@ def weighted(base: Base, concept: Concept, weight: float) -> Concept:
             allowed="weights for what changes the model: LoRA, K and V, whole UNets",
             do="leave the weight out",
         )
-    if metadata.adapter_settings.get("dora"):  # not linear in its factors
+    if metadata.adapter == "lycoris":
+        multiplied = lycoris.multiplied(concept.weights, weight)
+        if multiplied is not None:
+            return Concept(concept.tokens, multiplied, metadata)
+    if metadata.adapter == "lycoris" or metadata.adapter_settings.get("dora"):  # not linear in its factors
         concept = Concept(concept.tokens, _summed(base, [concept]), metadata)
         metadata = dataclasses.replace(metadata, adapter="unet", adapter_settings={})
     weights = {
@@ -160,8 +159,7 @@ def _merged_kv(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
 def _summed(base: Base, concepts: Sequence[Concept]) -> dict[str, Tensor]:
     summed: dict[str, Tensor] = {}
     for concept in concepts:
-        changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
-        for name, change in (changes | text_changes(base, concept)).items():
+        for name, change in iter_changes(base, concept):
             summed[name] = summed.get(name, 0) + change.float()
     return {name: change.half() for name, change in summed.items()}
 

@@ -11,29 +11,28 @@ from torch import Tensor
 
 from cdvideo.base.loader import Base
 from cdvideo.base.text import is_vocabulary_word
+from cdvideo.concept import lycoris
 from cdvideo.concept.concept import Concept, ConceptMetadata, public_base_name
-from cdvideo.concept.config import CONCEPT_FILE
 from cdvideo.concept.file import load_concept
 from cdvideo.concept.merge import merge_concepts, weighted
 from cdvideo.errors import UserError
+from cdvideo.interchange.adapter import read_adapter
+from cdvideo.interchange.cloneofsimo import read_cloneofsimo
 from cdvideo.interchange.custom_diffusion import adapter_kind, read_custom_diffusion, read_delta
 from cdvideo.interchange.files import (
+    CLONEOFSIMO,
     CUSTOM_DIFFUSION,
     DELTA,
-    LYCORIS,
     OWN,
-    READABLE,
     TEXTUAL_INVERSION,
     Foreign,
     read_foreign,
 )
-from cdvideo.interchange.lora import as_layers, read_lora
-from cdvideo.interchange.lycoris import read_lycoris
-from cdvideo.interchange.textual_inversion import read_rows
+from cdvideo.interchange.folders import files_of, without_twins
+from cdvideo.interchange.lora import as_layers
+from cdvideo.interchange.textual_inversion import read_rows, split_bundle
 
 logger = logging.getLogger(__name__)
-
-ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_adapters(
@@ -44,7 +43,8 @@ def load_adapters(
 ) -> Concept:
     """Files or folders, each with a weight, as one concept.
 
-    A folder is all of its files of weights together, as training scripts leave them: an adapter and its tokens.
+    A folder is all of its files of weights together, as training scripts leave them: an adapter and its tokens; see
+    folders.py for what is left out.
 
     Args:
         report: Is told in a line for each file what it is and how much of it found its place in the base.
@@ -54,26 +54,11 @@ def load_adapters(
     """
     loaded = []
     for path, weight in paths:
-        parts = [_load_file(file, base, report) for file in files_of(path)]
-        whole = parts[0] if len(parts) == 1 else merge_concepts(base, parts)
+        parts = [(file, _load_file(file, base, report)) for file in files_of(path, report)]
+        concepts = without_twins(path, parts, report)
+        whole = concepts[0] if len(concepts) == 1 else merge_concepts(base, concepts)
         loaded.append(weighted(base, whole, weight))
     return loaded[0] if len(loaded) == 1 else merge_concepts(base, loaded)
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that belong together: those of a folder, or a file with what lies beside it for it.
-
-    Custom Diffusion's script leaves the tokens in `<new1>.bin` beside the weights; they come along.
-    """
-    if path.is_dir():
-        if (path / CONCEPT_FILE).is_file():  # a run's folder, which holds the run's state too
-            return [path / CONCEPT_FILE]
-        files = sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
-        if not files:
-            raise UserError(f"{path} holds no file of weights", allowed=READABLE, do="name another folder, or a file")
-        return files
-    beside = sorted(file for file in path.parent.glob("<*>.*") if file.suffix in ENDINGS and file != path)
-    return [path, *beside] if beside and read_foreign(path).kind == CUSTOM_DIFFUSION else [path]
 
 
 def _load_file(path: Path, base: Base, report: Callable[[str], object]) -> Concept:
@@ -101,15 +86,15 @@ def _as_concept(foreign: Foreign, base: Base) -> Concept:
     elif foreign.kind == CUSTOM_DIFFUSION:
         weights = read_custom_diffusion(foreign, base)
         kind = adapter_kind(base.unet, weights)
-    elif foreign.kind == LYCORIS:
-        weights = read_lycoris(foreign, base)
-        kind = adapter_kind(base.unet, weights)
     elif foreign.kind == DELTA:
         weights, tokens = read_delta(foreign, base)
         kind = adapter_kind(base.unet, weights) if weights else "token"
-    else:
+    elif foreign.kind == CLONEOFSIMO:
         kind = "lora"
-        weights, settings = read_lora(foreign, base)
+        weights, settings, tokens = read_cloneofsimo(foreign, base)
+    else:
+        tokens = split_bundle(foreign, base)
+        kind, weights, settings = read_adapter(foreign, base)
     return Concept(
         {name: rows_KD.to(base.device) for name, rows_KD in tokens.items()},
         {name: tensor.to(base.device) for name, tensor in weights.items()},
@@ -150,8 +135,10 @@ def _require_effect(path: Path, concept: Concept) -> None:
 
 def _effects(concept: Concept) -> Iterator[bool]:
     """Whether each of the concept's changes is one."""
-    if concept.metadata.adapter != "lora":
-        yield from (bool(delta.any()) for delta in concept.weights.values())
+    if concept.metadata.adapter == "lora":
+        for layer in as_layers(concept.weights, alpha=1.0).values():
+            yield layer.magnitude is not None or bool((layer.up.flatten(1) @ layer.down.flatten(1)).any())
         return
-    for layer in as_layers(concept.weights, alpha=1.0).values():
-        yield layer.magnitude is not None or bool((layer.up.flatten(1) @ layer.down.flatten(1)).any())
+    for parts in lycoris.by_layer(concept.weights).values():
+        yield lycoris.has_effect(parts)
+    yield from (bool(delta.any()) for name, delta in concept.weights.items() if name.endswith(".delta"))

@@ -1,15 +1,13 @@
-"""LoRA files of kohya's scripts, of diffusers and of PEFT: their names and scales, both ways.
+"""LoRA files of kohya's scripts, of diffusers, of PEFT and of ComfyUI: their scales, both ways.
 
-All say the same (LoRA, arXiv 2106.09685, eq. 3): W' = W + alpha / R * up down. They differ in how they name a layer and
-in where alpha stands: kohya keeps it in a tensor, diffusers and PEFT in a header or a JSON file beside. Where it is
-missing the scale is 1.
+All say the same (LoRA, arXiv 2106.09685, eq. 3): W' = W + alpha / R * up down. They differ in how they name a layer
+(names.py) and in where alpha stands: kohya keeps it in a tensor, diffusers and PEFT in a header or a JSON file beside.
+Where it is missing the scale is 1.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,19 +22,13 @@ from cdvideo.concept.lora import lora_paths
 from cdvideo.errors import UserError
 from cdvideo.interchange import sdxl
 from cdvideo.interchange.files import KOHYA, PEFT, Foreign
+from cdvideo.interchange.initial import unlearned
+from cdvideo.interchange.names import Found, Places, kohya_name, within
+from cdvideo.interchange.settings import PEFT_CONFIG, Settings, model_of, read_settings
 
-PEFT_CONFIG = "adapter_config.json"  # where PEFT keeps alpha, beside the factors
-METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings, in the header
-_MODELS = ("unet", "text_encoder", "text_encoder_2")
-_KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid", "alpha": "alpha"}
-_KOHYA_PARTS["dora_scale"] = "m"
-_PEFT_PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "down.weight": "A", "up.weight": "B", "alpha": "alpha"}
-_PEFT_PARTS |= {"lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}
-# diffusers has named its layers in three ways: lora_A and lora_B are the newest, to_q_lora.down the oldest.
-_PEFT_KEY = re.compile(
-    r"(?P<path>.+?)(?:\.(?P<oldest>to_(?:q|k|v|out))_lora|\.lora_linear_layer|\.lora)?\."
-    rf"(?P<part>{'|'.join(re.escape(part) for part in sorted(_PEFT_PARTS, key=len, reverse=True))})"
-)
+logger = logging.getLogger(__name__)
+
+PLAIN_PARTS = {"A", "B", "mid", "alpha", "m"}  # of a layer that is a LoRA, or a DoRA, and nothing more
 
 
 @dataclass(frozen=True)
@@ -64,44 +56,86 @@ def adaptable_layers(base: Base) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def read_lora(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def place_keys(foreign: Foreign, base: Base, places: Places) -> Found:
+    """Where the file's keys belong in this base; none do where the file is of another family of bases.
+
+    SDXL's first text encoder has the sizes of Stable Diffusion 1's, so sizes alone do not tell.
+    """
+    keys = [key for key in foreign.tensors if not key.startswith("bundle_emb.")]
+    if not sdxl.fits_family(family_of(foreign), base):
+        return Found(lost=keys)
+    return places.of(keys, model=model_of(foreign))
+
+
+def family_of(foreign: Foreign) -> str | None:
+    """The family of bases that a file is of: by the name in PEFT's settings, else by its keys and sizes."""
+    named = read_settings(foreign).family if foreign.kind == PEFT else None
+    return named or sdxl.made_for(foreign.tensors, of_one_model=foreign.kind == PEFT)
+
+
+def read_lora(foreign: Foreign, base: Base, found: Found, places: Places) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The factors by their names in a concept file, and the adapter's settings.
 
     Raises:
         UserError: For keys that are unknown or incomplete, and for layers that this base has not or has in other sizes.
     """
-    layers = adaptable_layers(base)
-    kohya = {kohya_name(name): name for name in layers}
-    if base.is_sdxl:
-        kohya |= {sdxl.kohya_name(name): name for name in layers}
-    tensors = foreign.tensors
-    keys: dict[str, dict[str, str]] = {}
-    family = sdxl.made_for(tensors)
-    lost = [] if sdxl.fits_family(family, base) else [*tensors]  # though a text encoder may have the same sizes
-    for key in [] if lost else tensors:
-        name, part = _kohya_place(key, kohya) if foreign.kind == KOHYA else _peft_place(key, layers)
-        if name is None or part is None:
-            lost.append(key)
-        else:
-            keys.setdefault(name, {})[part] = key
-    settings = _settings_by_model(foreign)
-    read: dict[str, LoraLayer] = {}
-    for name, places in keys.items():
-        parts = {part: tensors[key] for part, key in places.items()}
-        layer = _read_layer(parts, layers[name].weight, kohya=foreign.kind == KOHYA)
-        if layer is None:
-            lost += places.values()
-        else:
-            alpha = float(parts["alpha"]) if "alpha" in parts else _peft_alpha(name, layer.rank, settings)
-            read[name] = replace(layer, alpha=alpha)
-    if lost:
-        raise UserError(
-            f"{foreign.path}: matched {len(tensors) - len(lost)}/{len(tensors)} tensors of base "
-            f"{base.name!r}; no place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),
-            allowed="LoRA factors (down, up, mid, alpha, DoRA's magnitudes) of layers that the base has, in its sizes",
-            do="use the --base that the file was made for",
+    tensors, settings = foreign.tensors, read_settings(foreign)
+    if foreign.kind == PEFT and not settings.told:
+        logger.warning(
+            "%s has no %s beside it, which says how strong it is: alpha is taken for the rank",
+            foreign.path,
+            PEFT_CONFIG,
         )
-    return as_factors(read)
+    read: dict[str, LoraLayer] = {}
+    for name, keys in found.layers.items():
+        parts, layer = {part: tensors[key] for part, key in keys.items()}, places.layers[name]
+        is_kohya = foreign.kind == KOHYA
+        whole = _read_layer(parts, layer.weight, kohya=is_kohya) if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+        if whole is None:
+            found.lost += keys.values()
+        else:
+            alpha = alpha_of(parts, whole.rank) if "alpha" in parts else settings.alpha(name, whole.rank)
+            read[name] = replace(whole, alpha=alpha)
+    require_places(foreign, base, found)
+    return as_factors({name: _as_trained(foreign, settings, name, layer, places) for name, layer in read.items()})
+
+
+def _as_trained(foreign: Foreign, settings: Settings, name: str, layer: LoraLayer, places: Places) -> LoraLayer:
+    """The layer as it changes the base: without what its factors began with, where that was taken from the base."""
+    how = settings.initialised(name)
+    if not how:
+        return layer
+    scale, weight = layer.alpha / layer.rank, places.layers[name].weight
+    assert isinstance(weight, Tensor)
+    up, down = unlearned(foreign, how, name, weight, layer.rank, scale)
+    downs, ups = torch.cat([layer.down, down]), torch.cat([scale * layer.up, -scale * up], dim=1)
+    return LoraLayer(downs, ups, alpha=len(downs), magnitude=layer.magnitude)
+
+
+def alpha_of(parts: Mapping[str, Tensor], rank: int) -> float:
+    """alpha of a layer in kohya's files, where 0 stands for the rank."""
+    return float(parts["alpha"].float().flatten()[0]) or float(rank)
+
+
+def require_places(foreign: Foreign, base: Base, found: Found) -> None:
+    """Raises UserError, with the name of a key, where keys have no place in the base."""
+    lost, count = found.lost, len(foreign.tensors)
+    if not lost:
+        return
+    family, width = family_of(foreign), base.unet.config.cross_attention_dim
+    agree = isinstance(width, int) and family is not None and sdxl.FAMILIES.get(width) == family
+    # Names that nobody knows, beside others that have their place, are not the base's fault.
+    placed = {key for keys in found.layers.values() for key in keys.values()}
+    unknown = agree or (len(lost) < count and not placed & set(lost))
+    raise UserError(
+        f"{foreign.path}: matched {count - len(lost)}/{count} tensors of base "
+        f"{base.name!r}; no place for {lost[0]}" + (f"; the file was made for {family}" if family else ""),
+        allowed="factors of LoRA or LyCORIS, under names of kohya, diffusers, PEFT or ComfyUI, for layers that the "
+        "base has, in its sizes",
+        do="save it again from its trainer: its names are not those of any that is known"
+        if unknown
+        else "use the --base that the file was made for",
+    )
 
 
 def as_factors(layers: Mapping[str, LoraLayer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,6 +182,18 @@ def low_rank(change: Tensor, rank: int | None) -> tuple[LoraLayer, float, float]
     return LoraLayer(down.float(), up.float(), alpha=kept), error, sizes_R.square().sum().item()
 
 
+def low_rank_product(
+    up_OR: Tensor, down_RI: Tensor, shape: torch.Size, rank: int | None
+) -> tuple[LoraLayer, float, float]:
+    """`low_rank` of up down, a weight of that shape, without making it: of triangles R x R alone."""
+    up_basis, up_rest = torch.linalg.qr(up_OR)
+    down_basis, down_rest = torch.linalg.qr(down_RI.T)
+    small, error, whole = low_rank(up_rest @ down_rest.T, rank)
+    down = (small.down.double() @ down_basis.T).float().view(small.rank, *shape[1:])
+    up = (up_basis @ small.up.double()).float().view(len(up_OR), small.rank, *[1] * (len(shape) - 2))
+    return LoraLayer(down, up, small.alpha), error, whole
+
+
 def kohya_tensors(layers: Mapping[str, LoraLayer], *, is_sdxl: bool = False) -> dict[str, Tensor]:
     """As kohya's scripts name and shape them."""
     tensors = {}
@@ -159,11 +205,6 @@ def kohya_tensors(layers: Mapping[str, LoraLayer], *, is_sdxl: bool = False) -> 
         if layer.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = layer.magnitude.view(-1, *[1] * (layer.down.ndim - 1))
     return tensors
-
-
-def kohya_name(name: str) -> str:
-    """unet.mid_block.x is lora_unet_mid_block_x, text_encoder.text_model.x is lora_te_text_model_x."""
-    return f"lora_{name.replace('text_encoder.', 'te.', 1).replace('.', '_')}"
 
 
 def peft_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
@@ -179,7 +220,7 @@ def peft_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
 
 def peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """What peft's LoraConfig has to know of layers of one model, named within it, as `peft_tensors` scales them."""
-    ranks = {_within(name): layer.rank for name, layer in layers.items()}
+    ranks = {within(name): layer.rank for name, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: own for name, own in ranks.items() if own != rank}
     return {
@@ -199,52 +240,18 @@ def _peft_magnitude(layer: LoraLayer) -> Tensor:
     return magnitude if layer.down.ndim == 2 else magnitude.view(1, -1, 1, 1)
 
 
-def _within(name: str) -> str:
-    """A layer's path in its model, as the ends of paths that all versions of transformers have."""
-    return re.sub(r"^(unet|text_encoder|text_encoder_2)\.", "", name).removeprefix("text_model.")
-
-
-def _kohya_place(key: str, names: Mapping[str, str]) -> tuple[str | None, str | None]:
-    stem, _, part = key.partition(".")
-    return names.get(re.sub("^lora_te1_", "lora_te_", stem)), _KOHYA_PARTS.get(part)
-
-
-def _peft_place(key: str, layers: Mapping[str, nn.Module]) -> tuple[str | None, str | None]:
-    """The layer that a key of diffusers or PEFT means, and its part; paths may lack what model they belong to."""
-    plain = key.removeprefix("base_model.model.").replace(".processor.", ".").replace(".default.", ".")
-    match = _PEFT_KEY.fullmatch(plain)
-    if match is None:
-        return None, None
-    path = _within(match["path"])
-    old = match["oldest"]
-    unet, text = (f".{old}{'.0' * (old == 'to_out')}", f".{old.removeprefix('to_')}_proj") if old else ("", "")
-    places = [f"unet.{path}{unet}", f"text_encoder.text_model.{path}{text}"]
-    if match["path"].startswith("text_encoder_2."):
-        places = [f"text_encoder_2.text_model.{path}{text}"]
-    return next((place for place in places if place in layers), None), _PEFT_PARTS[match["part"]]
-
-
-def _settings_by_model(foreign: Foreign) -> dict[str, dict[str, Any]]:
-    """PEFT's settings of each of `_MODELS`, out of the header or, in PEFT's own folders, the file beside."""
-    beside = foreign.path.with_name(PEFT_CONFIG)
-    if foreign.kind == PEFT and beside.is_file():
-        return dict.fromkeys(_MODELS, json.loads(beside.read_text(encoding="utf-8")))
-    flat = json.loads(foreign.header.get(METADATA, "{}"))
-    return {
-        model: {key.removeprefix(f"{model}."): value for key, value in flat.items() if key.startswith(f"{model}.")}
-        for model in _MODELS
-    }
-
-
 def _read_layer(parts: Mapping[str, Tensor], weight: Tensor, *, kohya: bool) -> LoraLayer | None:
     """A layer, alpha still its rank; None where parts are missing or of other sizes than the layer's weight."""
-    if not {"A", "B"} <= parts.keys():
+    if not {"A", "B"} <= parts.keys() or min(parts["A"].ndim, parts["B"].ndim) < 2:
         return None
     down, up = parts["A"].float(), parts["B"].float().flatten(1)
     if "mid" in parts:  # LoCon's convolution in three: 1x1 down, kxk within the rank, 1x1 up
-        down = torch.einsum("srhw,ri->sihw", parts["mid"].float(), down.flatten(1))
+        mid = parts["mid"].float()
+        if mid.ndim != 4 or mid.shape[1] != len(down):
+            return None
+        down = torch.einsum("srhw,ri->sihw", mid, down.flatten(1))
     rank, magnitude = len(down), parts.get("m")
-    if down[0].numel() != weight[0].numel() or up.shape != (len(weight), rank):
+    if rank == 0 or down[0].numel() != weight[0].numel() or up.shape != (len(weight), rank):
         return None
     if magnitude is not None:
         # LyCORIS also has magnitudes of the inputs, in the second dimension; peft writes (1, out, 1, 1).
@@ -253,17 +260,3 @@ def _read_layer(parts: Mapping[str, Tensor], weight: Tensor, *, kohya: bool) -> 
         magnitude = magnitude.float().flatten()
     down = down.reshape(rank, *weight.shape[1:])
     return LoraLayer(down, up.reshape(len(weight), rank, *[1] * (weight.ndim - 2)), rank, magnitude)
-
-
-def _peft_alpha(name: str, rank: int, settings: Mapping[str, Mapping[str, Any]]) -> float:
-    """alpha of a layer by peft's rules: a pattern that its path ends with, else the common one, else the rank."""
-    of_model = settings[name.partition(".")[0]]
-    patterns = of_model.get("alpha_pattern") or {}
-    own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({_unrooted(key)})$", _within(name))]
-    alpha = float(own[0] if own else of_model.get("lora_alpha", rank))
-    return alpha * math.sqrt(rank) if of_model.get("use_rslora") else alpha
-
-
-def _unrooted(pattern: str) -> str:
-    """A pattern of a path within the text encoder, whether or not it was written where `text_model` is part of it."""
-    return re.sub(r"^(\^?)text_model\.", r"\1", pattern)

@@ -56,18 +56,27 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _inspect(config: ConvertConfig) -> None:
+    from cdvideo.interchange.folders import files_of
     from cdvideo.interchange.inspect import describe
-    from cdvideo.interchange.load import files_of
 
     for path, _ in config.files:
-        for file in files_of(path):
+        for file in files_of(path, print):
             print("\n".join(describe(file)))
 
 
 def _convert(config: ConvertConfig) -> None:
     folder = config.out or CONVERTED / f"{_name(config)}-{config.to}"
+    was_there = folder.exists()
     ensure_writable(folder)
+    try:
+        _write(config, folder)
+    except BaseException:
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
+
+def _write(config: ConvertConfig, folder: Path) -> None:
     from cdvideo.base.loader import load_base
     from cdvideo.device import use_device
     from cdvideo.interchange import write
@@ -96,13 +105,17 @@ def _name(config: ConvertConfig) -> str:
 
 def _renamed(concept: Concept, config: ConvertConfig) -> Concept:
     """The concept with its one token called as asked for, and its class word."""
+    from cdvideo.concept.concept import distinct_words
+
     if not config.token and not config.class_word:
         return concept
-    if len(concept.tokens) != 1:
+    words = distinct_words(concept.tokens)
+    if len(words) != 1:
         raise UserError(
-            f"--token or --class-word for {len(concept.tokens)} tokens", allowed="one token", do="leave the flag out"
+            f"--token or --class-word for {len(words)} tokens", allowed="one token", do="leave the flag out"
         )
-    ((token, rows_KD),) = concept.tokens.items()
+    ((token, *_),) = words
+    rows_KD = concept.tokens[token]
     name, word = config.token or token, config.class_word or concept.metadata.class_words[token]
     metadata = dataclasses.replace(concept.metadata, class_words={name: word})
     return dataclasses.replace(concept, tokens={name: rows_KD}, metadata=metadata)

@@ -7,7 +7,7 @@ kohya's scripts train SDXL on the UNet as Stability AI's code (sgm) names it, an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from cdvideo.base.prompts import split_rows
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 ROWS = ("clip_l", "clip_g")  # how web UIs call the rows of the first and of the second text encoder
-_KEYS = ("lora_te1_", "lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_")
+_KEYS = (
+    *("lora_te1_", "lora_te2_", "text_encoder_2.", "lora_unet_input_blocks_", "lora_unet_output_blocks_"),
+    *("text_encoders.clip_g.", "clip_g."),
+)
 _ONE_TEXT = re.compile(r"lora_te_|text_encoder\.|(base_model\.model\.)?text_model\.")  # of a base that has one encoder
-_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that K and V read
-_READS_TEXT = re.compile(r"attn2[._](processor\.)?to_[kv].*(down|lora_A)\.weight")
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # of the text that K and V read
+_READS_TEXT = re.compile(r"attn2[._](processor\.)?to_[kv].*(down|lora_A)(\.default)?\.weight")
 
 _WHOLE = {
     "conv_in": "input_blocks.0.0",
@@ -42,19 +45,25 @@ _IN_RESNETS = {
 _PLACE = re.compile(r"(?:(down|up)_blocks\.(\d)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
 
 
-def sgm_name(path: str) -> str:
-    """A layer of SDXL's UNet, by its path in diffusers, as Stability AI's code calls it: two layers to a block."""
+def sgm_name(path: str, *, layers: int = 2, bare: Collection[int] = ()) -> str:
+    """A layer of the UNet, by its path in diffusers, as Stability AI's code calls it.
+
+    Args:
+        layers: to a block; two in SDXL, and in Stable Diffusion 1 and 2.
+        bare: the upward blocks without attentions: none in SDXL, the first in Stable Diffusion 1 and 2.
+    """
     match = _PLACE.fullmatch(path)
     if match is None:
         return _WHOLE.get(path, path)
     side, block, kind, number, rest = match.groups()
-    at = 3 * int(block or 0) + int(number)
+    start = (layers + 1) * int(block or 0)
+    at = start + int(number)
     inside = int(kind == "attentions")
     if kind == "downsamplers":
-        return f"input_blocks.{at + 3}.0.op"
+        return f"input_blocks.{start + layers + 1}.0.op"
     if kind == "upsamplers":
-        return f"output_blocks.{at + 2}.2.{rest}"
-    rest = _IN_RESNETS[rest] if kind == "resnets" else rest
+        return f"output_blocks.{start + layers}.{1 if int(block) in bare else 2}.{rest}"
+    rest = _IN_RESNETS.get(rest, rest) if kind == "resnets" else rest
     if side is None:
         return f"middle_block.{2 * int(number) + inside}.{rest}"
     return f"input_blocks.{at + 1}.{inside}.{rest}" if side == "down" else f"output_blocks.{at}.{inside}.{rest}"
@@ -67,17 +76,22 @@ def kohya_name(name: str) -> str:
     return f"lora_{short}_{sgm_name(path) if model == 'unet' else path}".replace(".", "_")
 
 
-def made_for(tensors: Mapping[str, Tensor]) -> str | None:
+def made_for(tensors: Mapping[str, Tensor], *, of_one_model: bool = False) -> str | None:
     """The family of bases that a LoRA's keys and sizes are of, where they tell it.
 
     SDXL's first text encoder has the sizes of Stable Diffusion 1's, so the names have to tell: kohya writes lora_te1_
     for one and lora_te_ for the other; and whoever trains SDXL's text encoders trains both, or the UNet with them.
+
+    Args:
+        of_one_model: The file is of a text encoder or a UNet alone, as PEFT's are, and so its names tell nothing.
     """
+    widths = {tensor.shape[1] for key, tensor in tensors.items() if tensor.ndim == 2 and _READS_TEXT.search(key)}
+    if found := next((FAMILIES[width] for width in widths if width in FAMILIES), None):
+        return found
     if any(key.startswith(_KEYS) for key in tensors):
         return "SDXL"
-    widths = {tensor.shape[1] for key, tensor in tensors.items() if tensor.ndim == 2 and _READS_TEXT.search(key)}
-    if found := next((_WIDTHS[width] for width in widths if width in _WIDTHS), None):
-        return found
+    if of_one_model:
+        return None
     is_old = any(key.startswith("lora_te_") for key in tensors) or all(map(_ONE_TEXT.match, tensors))
     return "Stable Diffusion 1 or 2" if is_old else None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import re
-import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,29 +16,35 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
-from cdvideo.concept.adapters import delta_name, parameter_changes, text_changes
-from cdvideo.concept.concept import Concept
+from cdvideo.concept import lycoris
+from cdvideo.concept.adapters import iter_changes
+from cdvideo.concept.concept import Concept, distinct_words
 from cdvideo.concept.file import frozen_copy, save_concept
+from cdvideo.concept.lora import lora_paths
 from cdvideo.errors import UserError
 from cdvideo.interchange import sdxl
 from cdvideo.interchange.custom_diffusion import custom_diffusion_tensors
 from cdvideo.interchange.lora import (
-    METADATA,
-    PEFT_CONFIG,
     LoraLayer,
     adaptable_layers,
     as_factors,
     as_layers,
     kohya_tensors,
     low_rank,
+    low_rank_product,
     peft_settings,
     peft_tensors,
 )
-from cdvideo.runs import atomic_path, legal_name
+from cdvideo.interchange.settings import METADATA, PEFT_CONFIG
+from cdvideo.interchange.textual_inversion import WORD
+from cdvideo.runs import atomic_path
 
+logger = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds of work after which a line says how far it is
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # by the width of the text
 
 
@@ -150,9 +158,9 @@ def write_custom_diffusion(export: Export) -> None:
 
 
 def file_name(token: str) -> str:
-    """A token as a file's name: without slashes and the like; `<new1>` keeps its brackets where the system has them."""
-    name = re.sub(r"[^\w<>.-]+", "-", token)
-    return legal_name(name) if sys.platform == "win32" else name
+    """A token as a file's name on every system: <new1> is new1, and the names that Windows keeps get a mark."""
+    name = re.sub(r"[^\w.-]+", "-", token).strip("-").rstrip(".") or "token"
+    return f"{name}-token" if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE) else name
 
 
 def _lora_layers(export: Export) -> dict[str, LoraLayer]:
@@ -170,28 +178,74 @@ def _lora_layers(export: Export) -> dict[str, LoraLayer]:
         layers = as_layers(concept.weights, float(concept.metadata.adapter_settings["alpha"]))
         if export.rank is None or max(layer.rank for layer in layers.values()) <= export.rank:
             return layers
-    changes = {delta_name(name): change for name, change in parameter_changes(base.unet, concept).items()}
-    changes |= text_changes(base, concept)
-    changes = {name.removesuffix(".delta"): change for name, change in changes.items() if change.any()}
     places = adaptable_layers(base)
-    beyond = sorted(changes.keys() - places.keys())
+    names = _changed_names(concept)
+    beyond = sorted(names - places.keys())
     if beyond and export.rank is None:
         raise UserError(
             f"the concept changes {beyond[0]} and {len(beyond) - 1} more that a LoRA has no place for",
             allowed="changes of linear layers and convolutions",
             do="accept an approximation without them: --rank 64",
         )
-    parts = {name: low_rank(change, export.rank) for name, change in changes.items() if name in places}
-    lost = sum(changes[name].double().square().sum().item() for name in beyond)
-    error = sum(squared for _, squared, _ in parts.values()) + lost
-    whole = sum(squared for *_, squared in parts.values()) + lost
-    ranks = [layer.rank for layer, *_ in parts.values()]
+    nearest: dict[str, LoraLayer] = {}
+    lost = whole = 0.0
+    start = told = time.perf_counter()
+    for count, (name, layer, error, size) in enumerate(_each_nearest(export, places), start=1):
+        whole, lost = whole + size, lost + error
+        if layer is not None:
+            nearest[name] = layer
+        if time.perf_counter() - told > PATIENCE:
+            told = time.perf_counter()
+            export.report(f"{count} of {len(names)} changes as low-rank ones, {told - start:.0f} s")
+    if not nearest:
+        raise UserError(
+            "the concept changes biases and norms alone",
+            allowed="changes of linear layers and convolutions",
+            do="use --to cdvideo, which holds all",
+        )
+    ranks = [layer.rank for layer in nearest.values()]
     export.report(
-        f"{len(parts)} changes as low-rank ones of rank {min(ranks)} to {max(ranks)}: error "
-        f"{math.sqrt(error / whole):.1e} of the change"
+        f"{len(nearest)} changes as low-rank ones of rank {min(ranks)} to {max(ranks)}: error "
+        f"{math.sqrt(max(0.0, lost) / whole):.1e} of the change"
         + (f", {len(beyond)} biases and norms left out" if beyond else "")
     )
-    return {name: layer for name, (layer, *_) in parts.items()}
+    return nearest
+
+
+def _changed_names(concept: Concept) -> set[str]:
+    """What the concept changes: layers, and biases as `<layer>.bias`."""
+    if concept.metadata.adapter == "lora":
+        return lora_paths(concept.weights)
+    deltas = {name: tensor for name, tensor in concept.weights.items() if name.endswith(".delta")}
+    whole = {name.removesuffix(".delta") for name, change in deltas.items() if change.any()}
+    return whole | set(lycoris.by_layer(concept.weights))
+
+
+def _each_nearest(
+    export: Export, places: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, LoraLayer | None, float, float]]:
+    """For each change its name, the nearest low-rank one, its squared error and the squared size of the change; None
+    in place of a layer where a LoRA has none. Factors of low rank are never unfolded."""
+    concept = export.concept
+    factored = lycoris.by_layer(concept.weights)
+    for name, parts in factored.items():
+        weight = places[name].weight
+        assert isinstance(weight, Tensor)
+        product = lycoris.low_rank_of(parts, weight)
+        if product is not None and product[0].shape[1] < min(len(weight), weight[0].numel()):
+            yield name, *low_rank_product(*product, weight.shape, export.rank)
+        else:
+            yield name, *low_rank(lycoris.change_of(parts, weight), export.rank)
+    rest = {name: tensor for name, tensor in concept.weights.items() if name.rpartition(".")[0] not in factored}
+    for name, change in iter_changes(export.base, dataclasses.replace(concept, weights=rest)):
+        name = name.removesuffix(".delta")
+        if not change.any():
+            continue
+        if name in places:
+            yield name, *low_rank(change, export.rank)
+        else:
+            size = change.double().square().sum().item()
+            yield name, None, size, size
 
 
 def _by_model(layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, LoraLayer]]:
@@ -205,9 +259,20 @@ def _phrases(concept: Concept) -> list[str]:
 
 def _write_tokens(export: Export) -> None:
     """Each token's rows under its name: what diffusers writes, and what web UIs read as well; SDXL's in two parts."""
-    for token, rows_KD in export.concept.tokens.items():
+    tokens = export.concept.tokens
+    for token, *others in distinct_words(tokens):
+        rows_KD = tokens[token]
+        if len(rows_KD) > 1 and token != token.lower() and not export.base.is_sdxl:
+            logger.warning(
+                "diffusers reads one row alone of a word with capitals (%s): --token %s", token, token.lower()
+            )
+        if others:
+            export.report(f"{token} is also called {', '.join(others)}: written once")
         rows = sdxl.parted_rows(export.base, rows_KD) if export.base.is_sdxl else {token: _rows(rows_KD)}
-        _write_safetensors(export, f"{file_name(token)}.safetensors", rows, {"format": "pt"})
+        name = file_name(token)
+        if name != token:
+            export.report(f"the file of {token} is called {name}, which web UIs take for the word")
+        _write_safetensors(export, f"{name}.safetensors", rows, {"format": "pt", WORD: token})
 
 
 def _rows(rows_KD: Tensor) -> Tensor:

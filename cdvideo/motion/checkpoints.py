@@ -136,14 +136,18 @@ def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
     layers = _layers_per_block(weights)
     if not layers:
         raise _not_motion(path, f"motion modules under unknown names, such as {min(weights)[:80]}")
-    shapes = {tuple(tensor.shape) for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
-    tables = {shape[1] if len(shape) == 3 else 0 for shape in shapes}
-    depths = set(_depths(weights).values())
-    if len(layers) not in (3, 4) or len(set(layers)) != 1 or len(tables) > 1 or 0 in tables or len(depths) != 1:
-        raise _not_motion(path, f"motion modules in {len(layers)} blocks of {layers} layers, tables of {tables} rows")
     norms = [weights.get(f"down_blocks.{b}.motion_modules.0.norm.weight") for b in range(len(layers))]
+    flat = [name for name, tensor in weights.items() if name.endswith(".pos_embed.pe") and tensor.ndim != 3]
+    if flat or any(norm is None or norm.ndim != 1 for norm in norms):
+        raise _not_motion(
+            path, f"a position table of another form ({flat[0][:80]})" if flat else "motion modules without a norm"
+        )
+    tables = {tensor.shape[1] for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
+    depths = set(_depths(weights).values())
+    if len(layers) not in (3, 4) or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:
+        raise _not_motion(path, f"motion modules in {len(layers)} blocks of {layers} layers, tables of {tables} rows")
     return MotionConfig(
-        block_out_channels=tuple(0 if norm is None or norm.ndim != 1 else len(norm) for norm in norms),
+        block_out_channels=tuple(len(norm) for norm in norms if norm is not None),
         motion_layers_per_block=layers[0],
         motion_transformer_layers_per_block=depths.pop(),
         motion_max_seq_length=tables.pop() if tables else LCM_MAX_FRAMES,

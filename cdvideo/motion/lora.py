@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,17 +17,15 @@ from cdvideo.motion.modules import MotionModules
 
 logger = logging.getLogger(__name__)
 
-# As AnimateDiff has it (attn1.processor.to_q_lora.down), as diffusers had it (attn1.to_q.lora.down), as PEFT has it.
+# As AnimateDiff and MotionDirector have it (attn1.processor.to_q_lora.down, ff.net.processor.2_lora.down); as diffusers
+# had it (attn1.to_q.lora.down) and kohya's scripts (attn1.to_q.lora_down); as PEFT has it (attn1.to_q.lora_A).
 _FORMS = (
-    re.compile(r"(?P<attention>.+)\.processor\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<attention>.+)\.(?P<projection>to_[qkv]|to_out\.0)\.lora_(?P<side>A|B)(\.\w+)?\.weight"),
-    # As MotionDirector has it (arXiv 2310.08465), which also tunes the layers between attentions.
-    re.compile(r"(?P<attention>.+)\.(?P<projection>to_out)\.processor\.0_lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<attention>.+\.ff\.net\.0)\.(processor\.)?(?P<projection>proj)_lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<attention>.+\.ff\.net)\.(processor\.)?(?P<projection>2)_lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<layer>.+)\.processor\.(?P<leaf>\w+)_lora\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<layer>.+)\.(?P<leaf>\w+)\.lora[._](?P<side>down|up|A|B)(\.\w+)?\.weight"),
 )
+_ALPHA = re.compile(r"(?P<layer>.+)\.(?P<leaf>\w+)\.alpha")
 _DOWN = ("down", "A")
+_IN_FOLDERS = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")  # as diffusers publishes them
 
 
 @torch.no_grad()
@@ -37,14 +35,14 @@ def fold_motion_lora(
     """Adds a motion LoRA to the weights of motion modules, in place: W + strength * up @ down.
 
     Args:
-        path: a .ckpt or .safetensors file, as released for AnimateDiff v2 or converted for diffusers, which keeps it in
-            a folder of its own; or MotionDirector's temporal LoRA.
+        path: a .ckpt or .safetensors file, as released for AnimateDiff v2, trained by MotionDirector or converted for
+            diffusers; or a folder with one.
         report: is told in a line how many tensors found their place.
 
     Raises:
         UserError: another kind of file, a key without a place in these motion modules, or a LoRA without effect.
     """
-    path = _file_of(path)
+    path = _file_in(path) if path.is_dir() else path
     tensors = read_tensors(path)
     if not any("motion_modules." in name and "lora" in name for name in tensors):
         raise UserError(
@@ -62,36 +60,36 @@ def fold_motion_lora(
     report(f"motion LoRA {path}: matched {len(tensors)}/{len(tensors)}, strength {strength:g}")
 
 
-def _file_of(path: Path) -> Path:
-    """The file itself, or a folder's one file of weights. Raises UserError for a folder of none or of several."""
-    if not path.is_dir():
-        return path
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    safe = [file for file in files if file.suffix.lower() == ".safetensors"] or files
-    if len(safe) != 1:
+def _file_in(folder: Path) -> Path:
+    """The folder's one file of weights, or the one that is called as diffusers calls it."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    usual = [file for file in files if file.stem in _IN_FOLDERS]
+    best = usual or files
+    if len({file.stem for file in best}) != 1:
         raise UserError(
-            f"{path} holds {len(safe)} files of weights",
-            allowed="a motion LoRA, or a folder with one file of weights",
-            do="name one of its files with --motion-lora" if safe else "name another --motion-lora",
+            f"{folder} holds {', '.join(file.name for file in files) or 'no file of weights'}",
+            allowed=f"a folder with one motion LoRA, or one called {_IN_FOLDERS[0]}.safetensors",
+            do=f"name the file: --motion-lora {files[0]}" if files else "name another folder, or a file",
         )
-    return safe[0]
+    return max(best, key=lambda file: file.suffix == ".safetensors")
 
 
 def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(up_CR, down_RC) for each linear layer that the file changes; every tensor of the file is in one."""
-    ups: dict[str, Tensor] = {}
-    downs: dict[str, Tensor] = {}
+    """(up_CR, down_RC) for each linear layer that the file changes, float32; every tensor of the file is in one."""
+    sides: dict[str, dict[str, Tensor]] = {}
     strangers = []
     for key, tensor in tensors.items():
-        name, is_down = _place(key)
-        fits = name in linears and tensor.ndim == 2 and tensor.is_floating_point()
-        if not fits or tensor.shape[int(is_down)] != linears[name].weight.shape[int(is_down)]:
+        name, side = _place(key)
+        if name not in linears or side in sides.get(name, ()) or not _fits(linears[name], side, tensor):
             strangers.append(key)
         else:
-            (downs if is_down else ups)[name] = tensor.float()
-    strangers += [f"half a pair at {name}" for name in downs.keys() ^ ups.keys()]
-    unequal = (name for name in downs.keys() & ups.keys() if len(downs[name]) != ups[name].shape[1])
-    strangers += [f"a pair of two ranks at {name}" for name in unequal]
+            sides.setdefault(name, {})[side] = tensor.float()
+    strangers += [f"half a pair at {name}" for name, found in sides.items() if not {"up", "down"} <= found.keys()]
+    strangers += [
+        f"ranks that differ at {name}"
+        for name, found in sides.items()
+        if {"up", "down"} <= found.keys() and found["up"].shape[1] != len(found["down"])
+    ]
     if strangers:
         hint = " (it was made for AnimateDiff v2, which has a middle block)" if "mid_block" in strangers[0] else ""
         raise UserError(
@@ -100,14 +98,30 @@ def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path
             allowed="a motion LoRA made for the motion modules that are given with --motion",
             do="choose motion modules and a motion LoRA of the same version",
         )
-    return {name: (ups[name], downs[name]) for name in ups}
+    broken = [name for name, found in sides.items() if not all(tensor.isfinite().all() for tensor in found.values())]
+    if broken:
+        raise UserError(f"{path.name}: {broken[0]} is not finite", allowed="finite numbers", do="fetch it again")
+    return {name: (found["up"] * _scale(found), found["down"]) for name, found in sides.items()}
 
 
-def _place(key: str) -> tuple[str, bool]:
-    """The linear layer that a key of a LoRA changes, and whether it is the half that narrows; "" for other keys."""
+def _scale(found: Mapping[str, Tensor]) -> float:
+    """alpha / R, as kohya's scripts have it, where the file tells alpha; of AnimateDiff's own it is 1."""
+    rank = len(found["down"])
+    return (float(found["alpha"].flatten()[0]) or rank) / rank if "alpha" in found else 1.0
+
+
+def _fits(linear: nn.Linear, side: str, tensor: Tensor) -> bool:
+    if side == "alpha":
+        return tensor.numel() == 1
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.shape[int(side == "down")] == linear.weight.shape[int(side == "down")]
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The linear layer that a key of a LoRA changes, and which part it is (up, down, alpha); "" for other keys."""
     name = rename(key.removeprefix("unet."))
-    for form in _FORMS:
+    for form in (*_FORMS, _ALPHA):
         if found := form.fullmatch(name):
-            projection = "to_out.0" if found["projection"] == "to_out" else found["projection"]
-            return f"{found['attention']}.{projection}", found["side"] in _DOWN
-    return "", False
+            leaf = "to_out.0" if found["leaf"] == "to_out" else found["leaf"]
+            side = "alpha" if form is _ALPHA else "down" if found["side"] in _DOWN else "up"
+            return f"{found['layer']}.{leaf}", side
+    return "", ""

@@ -20,6 +20,7 @@ from cdvideo.media.ffmpeg import find_encoder
 from cdvideo.runs import ensure_writable
 from cdvideo.sampling.config import AnimateConfig
 from cdvideo.sampling.flags import animate_parser
+from cdvideo.sampling.foreign_syntax import foreign_syntax
 from cdvideo.sampling.sampler import described, settled, untried
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         settled(config, None)  # what is wrong whatever the motion modules are
     _check_paths(config)
     ensure_writable(config.out)
+    for line in foreign_syntax([*config.prompts.values(), config.negative_prompt]):
+        logger.warning("%s", line)
     if "png" in config.formats and not config.still:
         from cdvideo.media.export import require_frames_alone
 
@@ -176,6 +179,7 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
     """The concept and the name to show for it, as the settings and the prompt ask."""
     from cdvideo.base.offload import at_work
     from cdvideo.base.text import find_tokens
+    from cdvideo.concept.concept import distinct_words
     from cdvideo.concept.file import SAMPLE_CONCEPT, find_concept
     from cdvideo.interchange.load import load_adapters
 
@@ -190,9 +194,12 @@ def _choose_concept(config: AnimateConfig, base: Base) -> tuple[Concept | None, 
         base.device, base.unet, *base.text_encoders.values()
     ):  # several concepts are merged by what these make of them
         concept = load_adapters(base, files, report=_report(config))
-    for token in concept.tokens:
-        if not find_tokens(config.prompt, [token]):
-            logger.warning("the prompt lacks the concept's token (%s): the concept will hardly be seen", token)
+    prompts = [*config.prompts.values(), config.negative_prompt]
+    for words in distinct_words(concept.tokens):
+        if not any(find_tokens(prompt, words) for prompt in prompts):
+            logger.warning(
+                "the prompt lacks the concept's token (%s): the concept will hardly be seen", " or ".join(words)
+            )
     return concept, " + ".join(_public_name(path, weight) for path, weight in files)
 
 

@@ -19,6 +19,7 @@ from cdvideo.concept.drift import ATTENTION_PHRASE, NOISE_LEVELS, PICTURES
 from cdvideo.concept.optimizer import checkpointing
 from cdvideo.concept.phrases import HELD_OUT_PHRASES, fill
 from cdvideo.concept.semantic import phrase_features
+from cdvideo.interchange.needs import merged_bytes
 from cdvideo.motion.config import MotionConfig
 from cdvideo.motion.modules import MotionModules
 from cdvideo.motion.video_unet import VideoUNet
@@ -141,7 +142,7 @@ def _predict(base: Base, config: ConceptConfig, rows: Mapping[str, Tensor], pict
 
 
 def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
-    """Bytes for a film, or a picture, by what is being done; a concept's own bytes are left out.
+    """Bytes for a film, or a picture, by what is being done; with what the concepts that are named will change.
 
     Args:
         base: On the meta device.
@@ -156,6 +157,8 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         "denoising": weight_bytes(*modules),
         "decoding": weight_bytes(base.vae),
     }
+    merged_unet, merged_text = merged_bytes(base, config.concept_files)
+    merged = {"encoding text": merged_text, "denoising": merged_unet, "decoding": 0}
     base.vae.use_tiling = config.vae_tiling
     working = _drawing(
         base,
@@ -167,7 +170,7 @@ def film_needs(base: Base, config: AnimateConfig, *, offload: bool) -> Needs:
         chunk=config.decode_chunk,
     )
     standing = 0 if offload else sum(own.values())
-    return {phase: standing + (own[phase] if offload else 0) + working[phase] for phase in own}
+    return {phase: standing + (own[phase] if offload else 0) + working[phase] + merged[phase] for phase in own}
 
 
 def _frames_at_once(config: AnimateConfig) -> int:

@@ -217,15 +217,16 @@ def test_what_has_no_place_is_named(tiny_base: Base, tmp_path: Path) -> None:
     lycoris_file(tiny_base, tmp_path / "a.safetensors", "loha")
     whole = load_file(tmp_path / "a.safetensors")
     stem = next(key for key in whole if key.endswith("hada_w1_a")).partition(".")[0]
-    for damage, said in (
-        ({**whole, "lora_unet_nowhere.hada_w1_a": torch.ones(1, 1)}, "lora_unet_nowhere.hada_w1_a"),
-        ({**whole, f"{stem}.hada_w3_a": torch.ones(1, 1)}, f"{stem}.hada_w3_a"),
-        ({key: tensor for key, tensor in whole.items() if key != f"{stem}.hada_w2_b"}, stem),
-        ({**whole, f"{stem}.hada_w1_b": torch.ones(RANK, 7)}, stem),
-        ({**whole, f"{stem}.dora_scale": torch.ones(7, 1)}, stem),
+    names, base = "save it again", "use the --base"  # by whether a name is unknown, or a size is another
+    for damage, said, do in (
+        ({**whole, "lora_unet_nowhere.hada_w1_a": torch.ones(1, 1)}, "lora_unet_nowhere.hada_w1_a", names),
+        ({**whole, f"{stem}.hada_w3_a": torch.ones(1, 1)}, f"{stem}.hada_w3_a", names),
+        ({key: tensor for key, tensor in whole.items() if key != f"{stem}.hada_w2_b"}, stem, base),
+        ({**whole, f"{stem}.hada_w1_b": torch.ones(RANK, 7)}, stem, base),
+        ({**whole, f"{stem}.dora_scale": torch.ones(7, 1)}, stem, base),
     ):
         save_file(damage, tmp_path / "odd.safetensors")
         with pytest.raises(
-            UserError, match=rf"matched \d+/{len(damage)} tensors[\s\S]*no place for {said}[\s\S]*--base"
+            UserError, match=rf"matched \d+/{len(damage)} tensors[\s\S]*no place for {said}[\s\S]*do: {do}"
         ):
             load(tiny_base, tmp_path / "odd.safetensors")

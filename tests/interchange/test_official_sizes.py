@@ -9,9 +9,11 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cdvideo.base.loader import Base
+from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.custom_diffusion import read_custom_diffusion
 from cdvideo.interchange.files import CUSTOM_DIFFUSION, KOHYA, Foreign
-from cdvideo.interchange.lora import adaptable_layers, kohya_name, read_lora
+from cdvideo.interchange.lora import adaptable_layers
+from cdvideo.interchange.names import kohya_name
 from tests.interchange.parts import (
     kohya_layers,
 )
@@ -36,8 +38,8 @@ def test_the_keys_of_stable_diffusion_1_5() -> None:
         tensors[f"{stem}.lora_down.weight"] = torch.ones(1, *layer.weight.shape[1:])
         tensors[f"{stem}.lora_up.weight"] = torch.ones(len(layer.weight), 1, *[1] * (layer.weight.ndim - 2))
         tensors[f"{stem}.alpha"] = torch.tensor(1.0)
-    factors, settings = read_lora(Foreign(Path("a.safetensors"), KOHYA, tensors, {}), base)
-    assert len(factors) == 2 * len(official) and settings == {"rank": 1, "alpha": 1.0, "dora": False}
+    kind, factors, settings = read_adapter(Foreign(Path("a.safetensors"), KOHYA, tensors, {}), base)
+    assert kind == "lora" and len(factors) == 2 * len(official) and settings == {"rank": 1, "alpha": 1.0, "dora": False}
 
     attentions = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     whole = {

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
+from cdvideo.interchange.adapter import read_adapter
 from cdvideo.interchange.files import read_foreign
 from cdvideo.interchange.load import load_adapters
-from cdvideo.interchange.lora import adaptable_layers, kohya_name, read_lora
+from cdvideo.interchange.lora import adaptable_layers
+from cdvideo.interchange.names import kohya_name
 from tests.interchange.parts import (
     Draw,
     changes_of,
@@ -162,8 +164,8 @@ def test_alpha_of_peft_by_pattern(tiny_base: Base, tmp_path: Path) -> None:
     settings = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn2.to_k": 6}, "unet.r": 2}
     factors = {f"unet.{name}.lora_A.weight": random(2, 32), f"unet.{name}.lora_B.weight": random(32, 2)}
     save_file(factors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
-    read, adapter = read_lora(read_foreign(tmp_path / "a.safetensors"), tiny_base)
-    assert adapter == {"rank": 2, "alpha": 6.0, "dora": False} and read.keys() == factors.keys()
+    kind, read, adapter = read_adapter(read_foreign(tmp_path / "a.safetensors"), tiny_base)
+    assert kind == "lora" and adapter == {"rank": 2, "alpha": 6.0, "dora": False} and read.keys() == factors.keys()
 
 
 def domain_adapter(base: Base) -> dict[str, Tensor]:

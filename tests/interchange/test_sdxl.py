@@ -245,7 +245,6 @@ TEXT_ALONE = {
     "kohya": (f"lora_te_{TEXT_LAYER.replace('.', '_')}.lora_down.weight", "lora_up.weight"),
     "LyCORIS": (f"lora_te_{TEXT_LAYER.replace('.', '_')}.lokr_w1", "lokr_w2"),
     "diffusers": (f"text_encoder.{TEXT_LAYER}.lora_A.weight", "lora_B.weight"),
-    "PEFT": (f"base_model.model.{TEXT_LAYER}.lora_A.weight", "lora_B.weight"),
 }
 
 

@@ -275,5 +275,5 @@ def test_textual_inversion_is_the_token_alone(tiny_base: Base, tmp_path: Path) -
 
 
 def test_tokens_make_plain_file_names() -> None:
-    assert write.file_name("<new1>") == "<new1>"
+    assert write.file_name("<new1>") == "new1" and write.file_name("con") == "con-token"
     assert write.file_name("../a b") == "..-a-b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
+from cdvideo.concept.file import load_concept, save_concept
 from cdvideo.sampling import animate
 from cdvideo.sampling.animate import main, slug
 from cdvideo.sampling.speed import PRESETS, Speed
@@ -176,6 +178,8 @@ def test_of_two_tokens_the_one_that_is_missing_is_warned_of(
 ) -> None:
     for token in ("sks", "rex"):
         save_tiny_concept(base_folder, Path(f"{token}.safetensors"), token)
+    rex = load_concept(Path("rex.safetensors"))  # words of the same rows would be names of one thing
+    save_concept(dataclasses.replace(rex, tokens={"rex": rex.tokens["rex"] + 1}), Path("rex.safetensors"))
     assert call(base_folder, "--still", "--concept", "sks.safetensors,rex.safetensors") == 0
     assert "lacks the concept's token (rex)" in caplog.text and "(sks)" not in caplog.text
 

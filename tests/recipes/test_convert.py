@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cdvideo.base.loader import load_base
 from cdvideo.cli import run_main
 from cdvideo.concept.file import load_concept, save_concept
-from cdvideo.interchange import load, main
+from cdvideo.interchange import folders, main
 from cdvideo.interchange.config import parse_files
 from cdvideo.sampling import animate
 from tests.interchange.parts import ADAPTERS, learned
@@ -102,7 +102,7 @@ def test_inspecting_needs_no_base(workplace: Path, capsys: pytest.CaptureFixture
 def test_the_token_may_get_another_name(tiny_base_folder: Path, workplace: Path) -> None:
     concept = "runs/rex/concept.safetensors"
     assert convert(tiny_base_folder, concept, "--to", "textual-inversion", "--token", "<rex>", "--out", "ti") == 0
-    assert load_file("ti/<rex>.safetensors").keys() == {"<rex>"}
+    assert load_file("ti/rex.safetensors").keys() == {"<rex>"}
     assert convert(tiny_base_folder, "style.safetensors", "--to", "cdvideo", "--token", "<rex>") == 2
 
 
@@ -140,4 +140,4 @@ def test_weights_stand_behind_a_colon() -> None:
 
 def test_a_run_s_folder_is_its_concept(workplace: Path) -> None:
     Path("runs/rex/state.safetensors").write_bytes(b"the state of the run")
-    assert load.files_of(Path("runs/rex")) == [Path("runs/rex/concept.safetensors")]
+    assert folders.files_of(Path("runs/rex")) == [Path("runs/rex/concept.safetensors")]
