@@ -112,8 +112,9 @@ def _scale(found: Mapping[str, Tensor]) -> float:
 
 def _fits(linear: nn.Linear, side: str, tensor: Tensor) -> bool:
     if side == "alpha":
-        return tensor.numel() == 1
-    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.shape[int(side == "down")] == linear.weight.shape[int(side == "down")]
+        return tensor.numel() == 1 and not tensor.is_complex()
+    at = int(side == "down")
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.shape[at] == linear.weight.shape[at]
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A watch for each fuzzed reader, in a room of its own: whatever a program may take for a place to write into is there."""
+"""A watch for each fuzzed reader, in a room of its own, where all places are that a program may write into."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def watch(
-    room: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watch]:
+def watch(room: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     set_hypothesis_home_dir(tmp_path_factory.getbasetemp() / "hypothesis")
     cases = request.config.getoption("--fuzz-cases")
     watch = Watch(request.node.name.removeprefix("test_"), cases or FEW, cases is None, room)

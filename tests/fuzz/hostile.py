@@ -22,7 +22,6 @@ from torch import Tensor, nn
 Named = Mapping[str, Tensor]
 
 
-
 class Long(str):
     """A long text, shown by its beginning."""
 
@@ -227,7 +226,21 @@ class TensorEdit:
         return {**tensors, name: torch.full_like(value, _FILLS[self.to % len(_FILLS)])}  # fill
 
 
-_KINDS = ["drop", "keep", "swap", "rename", "add", "begin", "part", "number", "number", "shape", "shape", "dtype", "fill"]
+_KINDS = [
+    "drop",
+    "keep",
+    "swap",
+    "rename",
+    "add",
+    "begin",
+    "part",
+    "number",
+    "number",
+    "shape",
+    "shape",
+    "dtype",
+    "fill",
+]
 TENSOR_EDITS = st.lists(
     st.builds(TensorEdit, st.sampled_from(_KINDS), st.integers(0, 2000), st.integers(0, 200), TEXTS),
     min_size=1,

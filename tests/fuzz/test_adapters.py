@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,13 +17,25 @@ from torch import Tensor, nn
 
 from cdvideo.base.loader import Base
 from cdvideo.concept.concept import Concept
+from cdvideo.errors import UserError
 from cdvideo.interchange import write
 from cdvideo.interchange.inspect import describe
 from cdvideo.interchange.load import load_adapters
 from cdvideo.interchange.main import main as convert
-from tests.fuzz.hostile import JSON_EDITS, TEXTS, VALUES, Odd, PickleDamage, as_json, damaged_pickle, damaged_safetensors
-from tests.fuzz.hostile import pickle_damage, put, safetensors_damage
-from tests.fuzz.test_weights import Files, edited, kept
+from tests.fuzz.hostile import (
+    JSON_EDITS,
+    TEXTS,
+    VALUES,
+    Odd,
+    PickleDamage,
+    as_json,
+    damaged_pickle,
+    damaged_safetensors,
+    pickle_damage,
+    put,
+    safetensors_damage,
+)
+from tests.fuzz.test_weights import Files, edited, kept, use
 from tests.fuzz.watch import Watch
 from tests.interchange.parts import ADAPTERS, learned, random, with_text
 
@@ -71,11 +84,10 @@ def forms(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def read_all(base: Base, path: Path) -> object:
     """As scripts do: what it is, then what it is for this base."""
-    try:
+    with contextlib.suppress(UserError):
         describe(path)
-    finally:
-        found = load_adapters(base, [(path, 0.7)])
-    return found
+    concept = load_adapters(base, [(path, 0.7)])
+    return use(base, concept)
 
 
 def test_adapters(watch: Watch, tiny_base: Base, forms: Mapping[str, Path]) -> None:
@@ -116,7 +128,9 @@ NAMES = (
     "epoch-1/dog.safetensors a/b/c/d/e/dog.safetensors"
 ).split()
 CONTENTS: SearchStrategy[Any] = st.one_of(
-    st.sampled_from(["kohya", "dora", "peft", "diffusers", "custom", "words", "row", "config", "folder", "nowhere", "itself"]),
+    st.sampled_from(
+        ["kohya", "dora", "peft", "diffusers", "custom", "words", "row", "config", "folder", "nowhere", "itself"]
+    ),
     st.sampled_from(["kohya", "peft", "words"]),
     st.binary(max_size=60),
     VALUES.map(as_json),
@@ -126,7 +140,8 @@ CONTENTS: SearchStrategy[Any] = st.one_of(
 
 
 def test_adapter_folders(watch: Watch, tiny_base: Base, forms: Mapping[str, Path]) -> None:
-    whole = {name: max(folder.iterdir(), key=lambda file: file.stat().st_size).read_bytes() for name, folder in forms.items()}
+    largest = {name: max(at.iterdir(), key=lambda file: file.stat().st_size) for name, at in forms.items()}
+    whole = {name: file.read_bytes() for name, file in largest.items()}
     settings = json.loads((forms["peft"] / "adapter_config.json").read_text(encoding="utf-8"))
     folder = watch.room / "here" / "adapters"
 
@@ -163,7 +178,9 @@ def test_adapter_folders(watch: Watch, tiny_base: Base, forms: Mapping[str, Path
 def test_inspected_folders(watch: Watch, forms: Mapping[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Folders through the command line, and texts that are no paths."""
     folders = [*map(str, forms.values()), "nothing"]
-    texts = st.builds("{}{}".format, st.sampled_from(folders), st.one_of(TEXTS, st.sampled_from([":0.5", ":nan", ",", ":"])))
+    texts = st.builds(
+        "{}{}".format, st.sampled_from(folders), st.one_of(TEXTS, st.sampled_from([":0.5", ":nan", ",", ":"]))
+    )
 
     def read(text: str) -> Callable[[], object]:
         return lambda: (convert(["--inspect", "--quiet", text]), capsys.readouterr())

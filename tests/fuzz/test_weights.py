@@ -18,7 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cdvideo.base.checkpoint import read_tensors
 from cdvideo.base.loader import Base, load_base
+from cdvideo.base.prompts import encode_prompts
 from cdvideo.base.single_file import read_single_file
+from cdvideo.concept.concept import Concept
 from cdvideo.concept.drift_file import ConceptDrift, DriftRecord, load_drift, save_drift
 from cdvideo.concept.file import find_concept, load_concept, read_metadata, save_concept
 from cdvideo.concept.state import TrainState
@@ -36,7 +38,7 @@ from tests.fuzz.hostile import (
     safetensors_damage,
 )
 from tests.fuzz.watch import Watch
-from tests.interchange.parts import ADAPTERS, learned
+from tests.interchange.parts import ADAPTERS, changes_of, learned
 from tests.motion.animatediff_names import make_adapter, official, official_lora
 
 CPU = torch.device("cpu")
@@ -75,9 +77,16 @@ def check_weights(
     watch.check(inputs, lambda each: of_pickle(each) if hasattr(each, "form") else of_safetensors(each))
 
 
+def use(base: Base, concept: Concept) -> object:
+    """What sampling takes of a concept: what it changes, and its words in a prompt."""
+    changes = changes_of(base, concept)
+    return changes, encode_prompts(base, [" ".join(["a", *concept.tokens])], rows=concept.tokens)
+
+
 def test_weights(watch: Watch) -> None:
     """Any file of tensors, whatever it is for."""
-    tensors = {"a.weight": torch.randn(4, 6), "b.0.bias": torch.randn(6), "step": torch.tensor(3), "c": torch.randn(2, 2).half()}
+    tensors = {"a.weight": torch.randn(4, 6), "b.0.bias": torch.randn(6), "step": torch.tensor(3)}
+    tensors["c"] = torch.randn(2, 2).half()
     path = watch.room / "here" / "weights.safetensors"
     check_weights(
         watch,
@@ -97,7 +106,8 @@ def test_concept_files(watch: Watch, tiny_base: Base, tmp_path_factory: pytest.T
 
     def read(file: Path) -> object:
         find_concept("a sks dog", path.parent.parent, base_hash=tiny_base.hash)
-        return load_concept(file, base=tiny_base), read_metadata(file), load_concept(file)
+        use(tiny_base, load_concept(file, base=tiny_base))
+        return read_metadata(file), load_concept(file)
 
     put(path, (folder / "kv.safetensors").read_bytes())
     watch.accept(lambda: read(path))
@@ -154,9 +164,10 @@ def test_motion_folders(watch: Watch, tmp_path_factory: pytest.TempPathFactory) 
 
     for config in configs:
         watch.accept(read(as_json(config)))
+    one = st.sampled_from(configs)
     inputs = st.one_of(
-        st.builds(edited, st.sampled_from(configs), JSON_EDITS),
-        st.builds(lambda config, name, value: as_json({**config, name: value}), st.sampled_from(configs), NAMES, VALUES),
+        st.builds(edited, one, JSON_EDITS),
+        st.builds(lambda config, name, value: as_json({**config, name: value}), one, NAMES, VALUES),
         VALUES.map(as_json),
     )
     watch.check(inputs, read)
@@ -181,7 +192,8 @@ def test_motion_loras(watch: Watch, tmp_path_factory: pytest.TempPathFactory) ->
     adapter.save_pretrained(folder := tmp_path_factory.mktemp("motion"))
     motion = load_motion(folder, device=CPU)
     path = watch.room / "here" / "lora.safetensors"
-    check_weights(watch, [(official_lora(adapter), {})], path, lambda file: fold_motion_lora(motion, file, strength=0.0))
+    files: Files = [(official_lora(adapter), {})]
+    check_weights(watch, files, path, lambda file: fold_motion_lora(motion, file, strength=0.0))
 
 
 def small_base() -> dict[str, Tensor]:
@@ -201,7 +213,8 @@ def small_base() -> dict[str, Tensor]:
     text = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=1))
     tensors = official_base(1, unet, vae, text)
     # `official` counts four blocks in the autoencoder; this one has two.
-    tensors = {name.replace("decoder.up.3.", "decoder.up.1.").replace("decoder.up.2.", "decoder.up.0."): t for name, t in tensors.items()}
+    for old, new in (("decoder.up.3.", "decoder.up.1."), ("decoder.up.2.", "decoder.up.0.")):
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
