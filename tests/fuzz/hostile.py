@@ -223,7 +223,8 @@ class TensorEdit:
             return {**tensors, name: _SHAPES[self.to % len(_SHAPES)](value)}
         if self.kind == "dtype":
             return {**tensors, name: value.to(DTYPES[self.to % len(DTYPES)])}
-        return {**tensors, name: torch.full_like(value, _FILLS[self.to % len(_FILLS)])}  # fill
+        fill = _FILLS[self.to % len(_FILLS)] if value.is_floating_point() else self.to % 2
+        return {**tensors, name: torch.full_like(value, fill)}
 
 
 _KINDS = [
