@@ -19,6 +19,7 @@ from cdvideo.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
+LONGEST_NAME = 1000  # characters; those of layers have 150, and patterns are looked for in them
 PIECE = 2**27  # bytes of a file that are in memory at once while its tensors are cast; one tensor may be more
 
 
@@ -107,6 +108,13 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
             content = content["state_dict"]
     if isinstance(content, Mapping):
         content = {str(name).removeprefix("module."): value for name, value in content.items()}
+        longest = max(content, key=len, default="")
+        if len(longest) > LONGEST_NAME:
+            raise UserError(
+                f"{path} holds a name of {len(longest)} characters, {longest[:40]}...",
+                allowed=f"names of at most {LONGEST_NAME} characters",
+                do="fetch it again, or get the same weights from elsewhere",
+            )
     return content, header
 
 

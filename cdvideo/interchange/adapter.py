@@ -36,4 +36,4 @@ def read_adapter(foreign: Foreign, base: Base) -> tuple[str, dict[str, Tensor], 
 
 def _is_of_inputs(foreign: Foreign, keys: dict[str, str]) -> bool:
     """Whether magnitudes are LyCORIS' older ones, of the inputs."""
-    return "m" in keys and keys["m"].endswith("dora_scale") and len(foreign.tensors[keys["m"]]) == 1
+    return "m" in keys and keys["m"].endswith("dora_scale") and foreign.tensors[keys["m"]].shape[:1] == (1,)

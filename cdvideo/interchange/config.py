@@ -18,7 +18,7 @@ def parse_files(text: str) -> tuple[tuple[Path, float], ...]:
 def _parse_file(name: str) -> tuple[Path, float]:
     path, _, weight = name.rpartition(":")
     if not path:  # a file may be called 5
-        return Path(name).expanduser(), 1.0
+        return as_path(name), 1.0
     try:
         strength = float(weight)
     except ValueError:  # no weight: a plain path, perhaps with a drive's colon in it

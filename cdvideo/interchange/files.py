@@ -73,6 +73,8 @@ def read_foreign(path: Path) -> Foreign:
         raise UserError(f"there is no concept file {path}", allowed=READABLE, do="correct the path")
     content, header = read_content(path)
     foreign = Foreign(path, tell_kind(path, content, header), content, header)
+    if not foreign.tensors:
+        raise _unknown(path, "it holds no tensor where its names promise some")
     for key, tensor in foreign.tensors.items():
         _check_numbers(foreign, key, tensor)
     return foreign
@@ -209,7 +211,7 @@ def _unknown(path: Path, found: str) -> UserError:
 def _is_of_lycoris(key: str, tensor: Any) -> bool:
     """Whether an entry is more than a LoRA: DoRA's magnitudes of the inputs are, too."""
     return key.endswith(_LYCORIS_ENDS) or (
-        key.endswith(".dora_scale") and isinstance(tensor, Tensor) and len(tensor) == 1
+        key.endswith(".dora_scale") and isinstance(tensor, Tensor) and tensor.shape[:1] == (1,)
     )
 
 

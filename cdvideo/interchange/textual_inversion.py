@@ -77,22 +77,29 @@ def words_of(foreign: Foreign) -> dict[str, int]:
     if foreign.kind == TEXTUAL_INVERSION:
         named = {foreign.path.stem: content} if isinstance(content, Tensor) else _words_inside(foreign)
     elif foreign.kind == DELTA:
-        named = content.get("modifier_token", {})
+        rows_of = content.get("modifier_token", {})
+        named = rows_of if isinstance(rows_of, Mapping) else {}
     elif foreign.kind == CLONEOFSIMO:
         named = {} if isinstance(content, list) else {key: rows for key, rows in content.items() if ":" not in key}
     else:
         bundled = {key.removeprefix(BUNDLED): t for key, t in foreign.tensors.items() if key.startswith(BUNDLED)}
         named = {_bundled(key)[0]: rows for key, rows in bundled.items()}
     return {
-        word: rows.numel() // rows.shape[-1] for word, rows in named.items() if isinstance(rows, Tensor) and rows.ndim
+        word: rows.numel() // rows.shape[-1]
+        for word, rows in named.items()
+        if isinstance(rows, Tensor) and _has_rows(rows)
     }
+
+
+def _has_rows(rows: Tensor) -> bool:
+    return rows.ndim > 0 and rows.numel() > 0
 
 
 def _words_inside(foreign: Foreign) -> dict[str, Any]:
     content: Mapping[str, Any] = foreign.content
     for pair in TWO_ROWS:
         rows = next((content[name] for name in pair if name in content), None)
-        if rows is not None:
+        if isinstance(rows, Tensor) and _has_rows(rows):
             return _numbered(foreign, rows) if pair == TWO_ROWS[1] else {foreign.path.stem: rows}
     if "emb_params" in content:
         return {foreign.path.stem: content["emb_params"]}

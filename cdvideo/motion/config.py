@@ -62,12 +62,13 @@ class MotionConfig:
                 )
         # What is built before the first weight is looked at.
         depths = zip(self.block_out_channels, self.layers_per_block, self.transformer_layers_per_block, strict=True)
-        widths = [channels for channels, layers, depth in depths for _ in range(min(2 * layers + 1, 99) * depth)]
-        widths += [self.block_out_channels[-1]] * sum(self.transformer_layers_per_mid_block)
-        tables = 4 * self.motion_max_seq_length * sum(widths)
-        if len(widths) > MOST_LAYERS or tables > MOST_BYTES:
+        counts = [(channels, (2 * layers + 1) * depth) for channels, layers, depth in depths]
+        counts.append((self.block_out_channels[-1], sum(self.transformer_layers_per_mid_block)))
+        layers = sum(count for _, count in counts)
+        tables = 4 * self.motion_max_seq_length * sum(channels * count for channels, count in counts)
+        if layers > MOST_LAYERS or tables > MOST_BYTES:
             raise UserError(
-                f"motion modules of {len(widths)} layers with {tables / 1e6:.0f} MB of position tables",
+                f"motion modules of {layers} layers with {tables / 1e6:.0f} MB of position tables",
                 allowed=f"at most {MOST_LAYERS} layers and {MOST_BYTES / 1e6:.0f} MB (AnimateDiff v2: 21 and 2)",
                 do="correct the motion config",
             )
