@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-LARGEST = 1_000_000  # bytes of a config file
+LARGEST = 100_000  # bytes of a config file; ours have 3 kB, and YAML takes a second for this
+LONGEST_TEXT = 20_000  # characters of a prompt, key frames and all; a text encoder reads 75 tokens
+DEEPEST = 50  # lists and mappings in each other
 MOST_FAULTS = 50  # that are told of one group of settings
 
 
@@ -77,7 +80,7 @@ def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[s
     try:
         config = _build(cls, tree, _defaults(cls))
     except ValueError as error:
-        problems += str(error).splitlines()
+        problems += _lines(error)
     if problems:
         raise UserError(
             f"{len(problems)} fault{'s' * (len(problems) > 1)} in the settings:"
@@ -86,6 +89,57 @@ def load_config(cls: type[T], *, file: Path | None = None, overrides: Sequence[s
             do=f"correct {f'{file} or ' if file else ''}the key=value settings on the command line",
         )
     return config
+
+
+def config_from(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Builds a config from plain values over its defaults, as strictly as `load_config`.
+
+    Raises:
+        ValueError: With one line for each fault.
+    """
+    return _build(cls, tree, _defaults(cls))
+
+
+def as_path(text: str) -> Path:
+    """A path as people write it, ~ included; whether anything is there does not matter.
+
+    Raises:
+        UserError: For a text that no path can be, or one that leads where this user may not look.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero in it, a home that nobody knows
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"{_SHORT.repr(text)} can not be used as a path ({reason})",
+            allowed="a path that this system takes, in folders that you may read",
+            do="correct the path",
+        ) from error
+    return path
+
+
+def check_text(text: str) -> None:
+    """Raises UserError for a text that no prompt can be: of a length that no model reads, or with bytes that are no
+    Unicode, as a terminal gives them that writes in another encoding."""
+    surrogates = [character for character in text if "\ud800" <= character <= "\udfff"]
+    if surrogates or len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"{_SHORT.repr(text)}: a text of {len(text)} characters"
+            + (f", of which {len(surrogates)} are none of Unicode" if surrogates else ""),
+            allowed=f"text in UTF-8, of at most {LONGEST_TEXT} characters",
+            do="let the terminal write UTF-8" if surrogates else "shorten it",
+        )
+
+
+def text_rules(name: str, text: str) -> Iterator[tuple[bool, str]]:
+    """For `check`: the text can be a prompt."""
+    try:
+        check_text(text)
+    except UserError as error:
+        yield False, f"{name}={error.given}"
 
 
 def to_yaml(config: DataclassInstance) -> str:
@@ -101,17 +155,32 @@ class _Text(str):
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, which also refuses a key that is written twice, and aliases, by which a few lines may stand
-    for millions of values."""
+    for millions of values. It tells where a value stands that is not of the kind that its tag (!!int) says."""
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read: write the value out", mark)
-        return super().compose_node(parent, index)
+        if self._depth >= DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"values nested more than {DEEPEST} times", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:  # of what is impossible
+            what = f"not of the kind {node.tag.rpartition(':')[2]!r} ({error})"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # else refused below
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {_SHORT.repr(key.value)} stands twice", key.start_mark
@@ -193,10 +262,14 @@ def _build(cls: type[T], tree: Mapping[str, Any], defaults: Mapping[str, Any], p
             # Faulty settings have their defaults here, so that the rules which the others break are told with them.
             config = cls(**values)
         except ValueError as error:
-            problems += [prefix + line for line in str(error).splitlines()]
+            problems += [prefix + line for line in _lines(error)]
     if problems:
         raise ValueError("\n".join(problems))
     return config
+
+
+def _lines(error: ValueError) -> list[str]:
+    return [f"{error.given} (allowed: {error.allowed})"] if isinstance(error, UserError) else str(error).splitlines()
 
 
 def _convert(value: Any, kind: Any, name: str, default: Any = None) -> Any:
@@ -226,7 +299,10 @@ def _convert(value: Any, kind: Any, name: str, default: Any = None) -> Any:
         if len(inners) == len(value):
             return _convert_all(value, inners, name)
     elif kind is Path and isinstance(value, str) and value:
-        return Path(value).expanduser()
+        try:
+            return as_path(value)
+        except UserError as error:
+            raise ValueError(f"{name}: {error.given}") from error
     elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _finite(value, name)  # text too: YAML takes 1e-4 for text, and 1.0e-4 for a number
     elif kind is str and isinstance(value, str):

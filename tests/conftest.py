@@ -38,6 +38,12 @@ MAX_TOKENS = 24
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-cases", type=int, metavar="N", help="hostile inputs for each reader (tests/fuzz), drawn anew each time"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

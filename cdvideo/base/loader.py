@@ -33,6 +33,7 @@ from cdvideo.base.folder import (
 from cdvideo.base.hashes import kept_hash
 from cdvideo.base.latents import Vae, vae_dtype
 from cdvideo.base.single_file import read_single_file
+from cdvideo.config import as_path
 from cdvideo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def find_base(name: str) -> Path:
     """Where a base lies; what a hub id names is fetched, once in a process."""
     if name == "tiny":
         return TINY_BASE
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.exists():
         return path
     if re.fullmatch(HUB_ID, name) and not path.parent.is_dir():

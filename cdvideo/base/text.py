@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from cdvideo.config import check_text
+
 log = logging.getLogger(__name__)
 
 TokenRows = Mapping[str, Tensor]  # concept token string -> rows_KD
@@ -91,6 +93,9 @@ def tokenize(
         prompts: B prompts; what exceeds the tokenizer's ``model_max_length`` is cut, and warned of in one line.
         tokens: concept tokens, matched as whole words, case ignored.
 
+    Raises:
+        UserError: As `check_text`.
+
     Returns:
         ids_BL with start and end of text, padded with the tokenizer's pad token to ``model_max_length``.
     """
@@ -99,6 +104,7 @@ def tokenize(
     all_slots: list[Slot] = []
     eos: list[int] = []
     for b, prompt in enumerate(prompts):
+        check_text(prompt)
         ids, slots = _ids_and_slots(tokenizer, prompt, tokens or {})
         if len(ids) > length - 2:
             log.warning("prompt cut to %d of its %d tokens: %s", length - 2, len(ids), prompt)

@@ -153,7 +153,7 @@ def unfit_weights(base: Base, concept: Concept) -> list[str]:
     models: dict[str, nn.Module] = {"unet.": base.unet, **text_models(base)}
     if concept.metadata.adapter == "lora":
         layers = {prefix + path: layer for prefix, model in models.items() for path, layer in model.named_modules()}
-        return [name for name, factor in concept.weights.items() if not _fits_layer(layers, name, factor)]
+        return [name for name in concept.weights if not _fits_layer(layers, name, concept.weights)]
     parameters = {prefix + name: p for prefix, model in models.items() for name, p in model.named_parameters()}
     places = {delta_name(name, ""): parameter.shape for name, parameter in parameters.items()}
     if concept.metadata.adapter == "lycoris":
@@ -226,14 +226,18 @@ def _sums(model: nn.Module, changes: Iterable[tuple[str, Tensor]]) -> dict[str, 
     return {name: (parameters[name].float() + change.float()).to(parameters[name].dtype) for name, change in changes}
 
 
-def _fits_layer(layers: Mapping[str, nn.Module], name: str, factor: Tensor) -> bool:
-    """Whether a LoRA factor belongs to a layer of these: A reads what the layer reads, B and m make what it makes."""
+def _fits_layer(layers: Mapping[str, nn.Module], name: str, factors: Mapping[str, Tensor]) -> bool:
+    """Whether a LoRA factor belongs to a layer of these: A reads what the layer reads, B and m make what it makes, and
+    A and B have the same rank."""
     path, _, part = name.partition(".lora_")
-    layer = layers.get(path)
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+    layer, factor = layers.get(path), factors[name]
+    down, up = factors.get(f"{path}.lora_A.weight"), factors.get(f"{path}.lora_B.weight")
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not factor.is_floating_point() or down is None or up is None:
         return False
+    weight = layer.weight
     if part == "A.weight":
-        return factor.shape[1:] == layer.weight.shape[1:]
+        return factor.ndim == weight.ndim and factor.shape[1:] == weight.shape[1:]
     if part == "B.weight":
-        return len(factor) == len(layer.weight)
-    return part == "magnitude_vector" and factor.numel() == len(layer.weight)
+        rank = len(down) if down.ndim else 0
+        return 0 < rank == factor.numel() // len(weight) and factor.shape[:2] == (len(weight), rank)
+    return part == "magnitude_vector" and factor.numel() == len(weight)

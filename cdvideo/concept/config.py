@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdvideo.config import check
+from cdvideo.config import check, text_rules
 
 CONCEPT_FILE = "concept.safetensors"  # what a run leaves in its folder
 SAMPLE_PICTURES = Path(__file__).parents[1] / "world" / "samples" / "dog"  # what a run without pictures learns from
@@ -231,6 +231,7 @@ class SampleConfig:
                 all("{}" in p for p in self.prompts),
                 f"prompts={list(self.prompts)}: each must hold {{}} for the concept",
             ),
+            *(rule for prompt in self.prompts for rule in text_rules("prompts", prompt)),
             (self.steps >= 1, f"steps={self.steps}: must be at least 1"),
             (self.guidance >= 1, f"guidance={self.guidance}: must be at least 1"),
         )
@@ -255,6 +256,7 @@ def _rules_of_name(token: str, class_word: str) -> tuple[tuple[bool, str], ...]:
     return (
         (TOKEN_FORM.fullmatch(token) is not None, f"token={token}: one word, a letter, then letters, digits or _"),
         (bool(class_word.strip()), "class_word=: must not be empty"),
+        *text_rules("class_word", class_word),
         (
             token.lower() not in class_word.lower().split(),
             f"token={token}: must differ from class_word={class_word}",

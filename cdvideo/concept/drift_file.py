@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,26 +95,45 @@ def load_drift(path: Path) -> DriftRecord:
             metadata = json.loads(file.metadata()["drift"])
             # Copied, since the file is mapped, and Windows replaces no file that is.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        texts, attentions = ([int(step) for step in metadata[name]] for name in ("text_steps", "attention_steps"))
+        concepts = {
+            token: _concept_of(token, about, tensors, counts=(len(texts), len(attentions)))
+            for token, about in metadata["concepts"].items()
+        }
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} can not be read as a record of drift",
             allowed=f"{DRIFT_FILE} in the folder of a run",
             do="name the folder of a run of scripts/train_concept.py",
         ) from error
-    concepts = {}
-    for token, about in metadata["concepts"].items():
-        class_TD, concept_TD, path_SD, class_mass_WR, mass_SWR, maps_SWHW = (
-            tensors[f"{name}.{token}"] for name in _TENSORS
-        )
-        concepts[token] = ConceptDrift(
-            class_word=about["class_word"],
-            words=tuple(about["words"]),
-            heights=tuple(about["heights"]),
-            class_TD=class_TD,
-            class_mass_WR=class_mass_WR,
-            concept_TD=concept_TD,
-            path=list(path_SD),
-            mass=list(mass_SWR),
-            maps=list(maps_SWHW),
-        )
-    return DriftRecord(metadata["text_steps"], metadata["attention_steps"], concepts)
+    return DriftRecord(texts, attentions, concepts)
+
+
+def _concept_of(token: str, about: Any, tensors: Mapping[str, Tensor], *, counts: tuple[int, int]) -> ConceptDrift:
+    """One concept of a record of so many steps of text and of attention. Raises ValueError, KeyError or TypeError."""
+    found = {name: tensors[f"{name}.{token}"] for name in _TENSORS}
+    words, heights = tuple(map(str, about["words"])), tuple(map(int, about["heights"]))
+    (texts, attentions), table = counts, (len(words), len(heights))
+    width = found["class"].shape[-1]
+    shapes = {
+        "class": (len(found["class"]), width),
+        "concept": (len(found["concept"]), width),
+        "path": (texts, width),
+        "class_mass": table,
+        "mass": (attentions, *table),
+        "maps": (attentions, len(words), *found["maps"].shape[2:4]),
+    }
+    for name, shape in shapes.items():
+        if found[name].shape != shape or not found[name].is_floating_point():
+            raise ValueError(f"{name}.{token} is of shape {tuple(found[name].shape)}, not {shape}")
+    return ConceptDrift(
+        class_word=str(about["class_word"]),
+        words=words,
+        heights=heights,
+        class_TD=found["class"],
+        class_mass_WR=found["class_mass"],
+        concept_TD=found["concept"],
+        path=list(found["path"]),
+        mass=list(found["mass"]),
+        maps=list(found["maps"]),
+    )

@@ -193,6 +193,8 @@ def _parse_metadata(path: Path, text: str) -> ConceptMetadata:
         )
     kinds = get_type_hints(ConceptMetadata)
     wrong = sorted(name for name, value in header.items() if not _is_of(value, kinds[name]))
+    if not wrong and header["adapter"] == "lora" and not _is_of(header["adapter_settings"].get("alpha"), float):
+        wrong = ["adapter_settings"]
     if wrong:
         raise UserError(
             f"{path}: {', '.join(wrong)} in its metadata are of another type",
@@ -218,7 +220,9 @@ def _check_fit(path: Path, concept: Concept, base: Base, report: Callable[[str],
     """Every tensor must have its place in the base. Raises UserError; warns of a base with other weights."""
     width = sum(text_widths(base))
     unfit = unfit_weights(base, concept)
-    unfit += [token for token, rows_KD in concept.tokens.items() if rows_KD.ndim != 2 or rows_KD.shape[1] != width]
+    for token, rows_KD in concept.tokens.items():
+        if rows_KD.ndim != 2 or len(rows_KD) == 0 or rows_KD.shape[1] != width or not rows_KD.is_floating_point():
+            unfit.append(token)
     count = len(concept.weights) + len(concept.tokens)
     if unfit:
         raise UserError(

@@ -49,11 +49,11 @@ class TrainState:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads(file.metadata()["state"])
-                before, scaler, step = metadata["settings"], metadata["scaler"], int(metadata["step"])
+                before, scaler, step = dict(metadata["settings"]), dict(metadata["scaler"]), int(metadata["step"])
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: {error}", allowed="a whole state", do="start again without --resume") from error
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise _not_whole(path, str(error)) from error
         changed = [
             f"{name} (was {before.get(name)}, is {now})"
             for name, now in self.settings.items()
@@ -65,17 +65,39 @@ class TrainState:
                 allowed="the same settings and pictures; only steps and samples may differ",
                 do="repeat its flags, or start a new run without --resume",
             )
+        moments = self._moments(path, tensors)
+        if step < 0 or not self.scaler.state_dict().keys() <= scaler.keys():
+            raise _not_whole(path, f"step {step}, scaler {scaler}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
-        moments: dict[int, dict[str, Tensor | int]] = {}
-        for name in (name for name in tensors if name.startswith("optimizer.")):
-            _, index, moment = name.split(".")
-            # Copied, since the file is mapped, and Windows replaces no file that is.
-            moments.setdefault(int(index), {})[moment] = _as_kept(tensors[name].clone())
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.scaler.load_state_dict(scaler)
         return step
+
+    def _moments(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor | int]]:
+        """What the optimizer knows of each weight. Raises UserError for tensors that are not those of these weights."""
+        parameters = [*self.parameters.values()]
+        shapes = {f"parameter.{name}": parameter.shape for name, parameter in self.parameters.items()}
+        moments: dict[int, dict[str, Tensor | int]] = {}
+        for name, tensor in tensors.items():
+            _, index, moment = name.split(".") if name.count(".") == 2 else ("", "", "")
+            if name.startswith("optimizer.") and index in map(str, range(len(parameters))):
+                # Copied, since the file is mapped, and Windows replaces no file that is.
+                moments.setdefault(int(index), {})[moment] = _as_kept(tensor.clone())
+                if moment.startswith("exp_avg"):
+                    shapes[name] = parameters[int(index)].shape
+            elif name not in shapes:
+                raise _not_whole(path, f"it holds {name[:80]}")
+        wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+        kinds = {frozenset(each) for each in moments.values()}
+        if wrong or len(kinds) > 1 or not all("step" in kind for kind in kinds):
+            raise _not_whole(path, f"{wrong[0] if wrong else 'what the optimizer knows'} is missing or misshapen")
+        return moments
+
+
+def _not_whole(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: {reason}", allowed="a whole state", do="start again without --resume")
 
 
 def _flat(moments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdvideo.config import check
+from cdvideo.config import as_path, check
 
 
 def parse_files(text: str) -> tuple[tuple[Path, float], ...]:
@@ -20,9 +20,10 @@ def _parse_file(name: str) -> tuple[Path, float]:
     if not path:  # a file may be called 5
         return Path(name).expanduser(), 1.0
     try:
-        return Path(path).expanduser(), float(weight)
+        strength = float(weight)
     except ValueError:  # no weight: a plain path, perhaps with a drive's colon in it
-        return Path(name).expanduser(), 1.0
+        path, strength = name, 1.0
+    return as_path(path), strength
 
 
 def check_files(files: tuple[tuple[Path, float], ...]) -> list[tuple[bool, str]]:

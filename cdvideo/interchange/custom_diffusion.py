@@ -49,7 +49,13 @@ def read_delta(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[st
             allowed="a delta with the keys unet and modifier_token",
             do="train it again without tuning the text encoder",
         )
-    tokens = content.get("modifier_token", {})
+    tokens, changes = content.get("modifier_token", {}), content.get("unet", {})
+    if not (isinstance(tokens, Mapping) and isinstance(changes, Mapping) and all(map(_is_change, changes.values()))):
+        raise UserError(
+            f"{foreign.path} is no whole delta",
+            allowed="weights by name, whole or as u and v, and rows by token",
+            do="fetch it again, or train it anew",
+        )
     wrong = [token for token, row in tokens.items() if not isinstance(row, Tensor)]
     if wrong:
         raise UserError(
@@ -59,7 +65,7 @@ def read_delta(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[st
         )
     parameters = dict(base.unet.named_parameters())
     weights = {}
-    for name, value in content.get("unet", {}).items():
+    for name, value in changes.items():
         if isinstance(value, Mapping):  # compressed: what changed is u v
             change = value["u"].float() @ value["v"].float()
             own = parameters.get(name)
@@ -67,6 +73,15 @@ def read_delta(foreign: Foreign, base: Base) -> tuple[dict[str, Tensor], dict[st
         weights[name] = value
     rows = {token: row.detach().float().reshape(-1, row.shape[-1]) for token, row in tokens.items()}
     return (_changes(foreign, base, weights) if weights else {}), rows
+
+
+def _is_change(value: Any) -> bool:
+    """Whether it is a whole weight, or the two factors of what changed."""
+    if not isinstance(value, Mapping):
+        return isinstance(value, Tensor)
+    left, right = (value.get(side) for side in ("u", "v"))
+    both = isinstance(left, Tensor) and isinstance(right, Tensor)
+    return both and left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
 
 
 def custom_diffusion_tensors(base: Base, concept: Concept) -> dict[str, Tensor | dict[str, Tensor]]:

@@ -87,6 +87,10 @@ def _check_numbers(foreign: Foreign, key: str, tensor: Tensor) -> None:
             allowed="numbers of floating point, of 8 to 64 bits",
             do="get it in fp16 or fp32",
         )
+    if key.endswith(".alpha") and tensor.numel() != 1:
+        raise UserError(
+            f"{foreign.path}: {key} holds {tensor.numel()} numbers", allowed="one", do="fetch or train it again"
+        )
     if not tensor.is_floating_point():
         return
     for piece in tensor.detach().flatten().split(_PIECE):

@@ -106,7 +106,7 @@ def _text_width(foreign: Foreign, tensors: Mapping[str, Tensor]) -> int | None:
     """The text's width, where rows or the factor of a cross-attention's K that reads it tell it."""
     for pair in TWO_ROWS:
         if set(pair) <= tensors.keys():
-            return sum(tensors[name].shape[-1] for name in pair)
+            return sum(tensors[name].shape[-1] for name in pair if tensors[name].ndim)
     if foreign.kind == TEXTUAL_INVERSION:
         return max((tensor.shape[-1] for tensor in tensors.values() if tensor.ndim), default=None)
     keys = [(key, part_of(key), tensor) for key, tensor in tensors.items() if "attn2" in key and "to_k" in key]

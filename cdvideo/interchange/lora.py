@@ -140,7 +140,8 @@ def require_places(foreign: Foreign, base: Base, found: Found) -> None:
 
 def as_factors(layers: Mapping[str, LoraLayer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Layers as a concept holds them, with one alpha for all: what differs from the most common one goes into B."""
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    alphas = Counter(layer.alpha for layer in layers.values() if layer.alpha)  # a layer of 0 changes nothing
+    alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     factors = {}
     for name, layer in layers.items():
         factors[f"{name}.lora_A.weight"] = layer.down.float()

@@ -187,7 +187,8 @@ def _read_folder(folder: Path, fps: float | None) -> Iterator[Frame]:
     def frames() -> Iterator[Frame]:
         for file in files:
             try:
-                with warnings_named(file.name), open_picture(file, most_pixels=MOST_PIXELS) as image:
+                bounds = {"most_pixels": MOST_PIXELS, "most_jpeg_pixels": MOST_PIXELS}
+                with warnings_named(file.name), open_picture(file, **bounds) as image:
                     frame = np.asarray(to_rgb(ImageOps.exif_transpose(image), name=file.name))
             except Exception as error:  # as above
                 given = f"{file.name} in {folder} can not be read ({error})"

@@ -25,6 +25,10 @@ PHONE_SUFFIXES = frozenset({".heic", ".heif"})  # pictures to their owner, thoug
 
 MOST_PIXELS = 178_956_970  # of a picture: 0.7 GB as Pillow holds it, and what Pillow itself refuses
 MOST_JPEG_PIXELS = 512_000_000  # a JPEG can be decoded at an eighth
+MOST_PROGRESSIVE_PIXELS = 64_000_000  # of one that comes in passes, all coefficients are held: 6 bytes a pixel
+# A few bytes may claim a picture of any size. A photo has more than 1 byte for 100 pixels, at the worst quality.
+_SURELY_FITS = 25_000_000  # pixels, whatever the file
+_MOST_PER_BYTE = 200  # pixels
 
 _HEIC = "HEIC, which is not supported: save it as JPEG"
 _LOCK = threading.Lock()
@@ -47,14 +51,16 @@ class UnknownKindError(NoPictureError):
     """A file that may be anything else, a film for instance."""
 
 
-def open_picture(file: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
+def open_picture(
+    file: Path, *, most_pixels: int = MOST_PIXELS, most_jpeg_pixels: int = MOST_JPEG_PIXELS
+) -> Image.Image:
     """Opens a picture, to be closed by the caller. Its pixels are not yet decoded, but their number is in order.
 
     Args:
-        most_pixels: of other kinds than JPEG, of which MOST_JPEG_PIXELS are allowed: `draft` makes them fewer.
+        most_jpeg_pixels: where the caller lets `draft` make them fewer.
 
     Raises:
-        NoPictureError: another kind of file, or too many pixels.
+        NoPictureError: another kind of file, or too many pixels, for any picture or for one of so few bytes.
         OSError, SyntaxError, ...: as Pillow has it, for a damaged file.
     """
     _refuse_other_kinds(file)
@@ -72,11 +78,18 @@ def open_picture(file: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = bound
     if image.format == "TIFF":
         image.filename = ""  # with it Pillow maps uncompressed pixels, and those of a turned picture with sides swapped
-    most = MOST_JPEG_PIXELS if image.format in ("JPEG", "MPO") else most_pixels
-    if image.width * image.height > most:
+    most = most_jpeg_pixels if image.format in ("JPEG", "MPO") else most_pixels
+    pixels, size = image.width * image.height, f"{image.width} x {image.height} pixels"
+    fault, bytes_of_it = None, file.stat().st_size
+    if pixels > most:
+        fault = f"{size}, more than {most // 10**6} million: make it smaller"
+    elif pixels > MOST_PROGRESSIVE_PIXELS and image.info.get("progressive"):
+        fault = f"{size} in a progressive JPEG, more than {MOST_PROGRESSIVE_PIXELS // 10**6} million: make it smaller"
+    elif pixels > max(_SURELY_FITS, _MOST_PER_BYTE * bytes_of_it):
+        fault = f"{size} in {bytes_of_it / 1000:.0f} kB: it is damaged, or nearly empty: make it smaller"
+    if fault is not None:
         image.close()
-        size = f"{image.width} x {image.height} pixels"
-        raise NoPictureError(f"{size}, more than {most // 10**6} million: make it smaller")
+        raise NoPictureError(fault)
     return image
 
 

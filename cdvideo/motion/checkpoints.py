@@ -50,6 +50,10 @@ _RENAMES = (
 
 _WRAPPED = re.compile(r"^((module|_orig_mod|unet)\.)+")  # what trainers and torch.compile put before every name
 
+# Numbers of two digits at most: who counts further has no motion modules, and would be counted after for long.
+_LAYER = re.compile(r"down_blocks\.(\d{1,2})\.motion_modules\.(\d{1,2})\.", re.ASCII)
+_MODULE = re.compile(r"(.{1,40}\.motion_modules\.\d{1,2})\.(?:transformer_blocks\.(\d{1,2})\.)?", re.ASCII)
+
 # What a training of AnimateDiff's own script saves beside the motion modules.
 _IMAGE_UNET = re.compile(
     r"conv_(in|out|norm_out)\.|time_embedding\.|((down|up)_blocks\.\d+|mid_block)\.(resnets|attentions|(down|up)samplers)\."
@@ -131,15 +135,15 @@ def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
     """The shape of motion modules, read from their keys. Heads and groups leave no trace: AnimateDiff has 8 and 32."""
     layers = _layers_per_block(weights)
     if not layers:
-        raise _not_motion(path, f"motion modules under unknown names, such as {min(weights)}")
+        raise _not_motion(path, f"motion modules under unknown names, such as {min(weights)[:80]}")
     norms = [weights.get(f"down_blocks.{b}.motion_modules.0.norm.weight") for b in range(len(layers))]
     flat = [name for name, tensor in weights.items() if name.endswith(".pos_embed.pe") and tensor.ndim != 3]
     if flat or any(norm is None or norm.ndim != 1 for norm in norms):
         raise _not_motion(
-            path, f"a position table of another form ({flat[0]})" if flat else "motion modules without a norm"
+            path, f"a position table of another form ({flat[0][:80]})" if flat else "motion modules without a norm"
         )
     tables = {tensor.shape[1] for name, tensor in weights.items() if name.endswith(".pos_embed.pe")}
-    depths = {_count(weights, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.") for place in _modules(weights)}
+    depths = set(_depths(weights).values())
     if len(layers) not in (3, 4) or len(set(layers)) != 1 or len(tables) > 1 or len(depths) != 1:
         raise _not_motion(path, f"motion modules in {len(layers)} blocks of {layers} layers, tables of {tables} rows")
     return MotionConfig(
@@ -151,18 +155,22 @@ def _config_from(weights: Mapping[str, Tensor], path: Path) -> MotionConfig:
     )
 
 
-def _modules(weights: Iterable[str]) -> set[str]:
-    return {found[0] for name in weights if (found := re.match(r".+\.motion_modules\.\d+", name))}
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """How many transformer blocks each motion module has."""
+    depths: dict[str, int] = {}
+    for name in names:
+        if found := _MODULE.match(name):
+            depths[found[1]] = max(depths.get(found[1], 0), 1 + int(found[2] or -1))
+    return depths
 
 
-def _layers_per_block(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
-    blocks = _count(weights, r"down_blocks\.(\d+)\.")
-    return tuple(_count(weights, rf"down_blocks\.{b}\.motion_modules\.(\d+)\.") for b in range(blocks))
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the highest number that the pattern finds."""
-    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
+def _layers_per_block(names: Iterable[str]) -> tuple[int, ...]:
+    """Of each down block one more than its highest number; of blocks between those that there are, none."""
+    layers: dict[int, int] = {}
+    for name in names:
+        if found := _LAYER.match(name):
+            layers[int(found[1])] = max(layers.get(int(found[1]), 0), 1 + int(found[2]))
+    return tuple(layers.get(block, 0) for block in range(1 + max(layers, default=-1)))
 
 
 def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -173,7 +181,7 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
         "a motion LoRA, which changes motion modules and is none": "motion_modules." in names and "lora" in names,
         "a LoRA for the image model, as the domain adapter of AnimateDiff v3 is (v3_sd15_adapter)": "lora" in names,
         "a SparseCtrl encoder": "controlnet_cond_embedding." in names,
-        "PIA, whose image model reads 9 channels": first is not None and first.shape[1] == 9,
+        "PIA, whose image model reads 9 channels": first is not None and first.shape[1:2] == (9,),
         "an image model in Stable Diffusion's keys": "model.diffusion_model." in names,
         "no motion modules": ".motion_modules." not in names and ".temporal_attentions." not in names,
     }

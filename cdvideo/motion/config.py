@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from cdvideo.errors import UserError
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 NormMode = Literal["original", "diffusers"]
+MOST_BLOCKS, MOST_LAYERS = 8, 256
+MOST_BYTES = 256_000_000  # of position tables
+LARGEST = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class MotionConfig:
     trained_for: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         for channels, heads in zip(self.block_out_channels, self.heads_per_block, strict=True):
             if channels % heads:
                 raise UserError(
@@ -56,6 +60,43 @@ class MotionConfig:
                     allowed="a number of heads that divides the channels of its block",
                     do="change motion_num_attention_heads",
                 )
+        # What is built before the first weight is looked at.
+        depths = zip(self.block_out_channels, self.layers_per_block, self.transformer_layers_per_block, strict=True)
+        widths = [channels for channels, layers, depth in depths for _ in range(min(2 * layers + 1, 99) * depth)]
+        widths += [self.block_out_channels[-1]] * sum(self.transformer_layers_per_mid_block)
+        tables = 4 * self.motion_max_seq_length * sum(widths)
+        if len(widths) > MOST_LAYERS or tables > MOST_BYTES:
+            raise UserError(
+                f"motion modules of {len(widths)} layers with {tables / 1e6:.0f} MB of position tables",
+                allowed=f"at most {MOST_LAYERS} layers and {MOST_BYTES / 1e6:.0f} MB (AnimateDiff v2: 21 and 2)",
+                do="correct the motion config",
+            )
+
+    def _check_numbers(self) -> None:
+        """Raises UserError for numbers that no motion modules have."""
+        groups = self.motion_norm_num_groups
+        broken = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name.startswith("motion_")
+            and not all(1 <= number <= LARGEST for number in _numbers(getattr(self, field.name)))
+        ]
+        if not 1 <= len(self.block_out_channels) <= MOST_BLOCKS:
+            broken.append(f"{len(self.block_out_channels)} blocks")
+        elif not all(2 <= width <= LARGEST and width % 2 == width % groups == 0 for width in self.block_out_channels):
+            broken.append(f"widths {self.block_out_channels} in {groups} groups")
+        if self.sampler is not None and (self.steps is None or self.guidance is None):
+            broken.append(f"sampler={self.sampler} without steps and guidance")
+        if not (self.steps is None or 1 <= self.steps <= 1000) or not (self.guidance is None or self.guidance >= 0):
+            broken.append(f"steps={self.steps}, guidance={self.guidance}")
+        if not 0 < self.beta_end < 1:
+            broken.append(f"beta_end={self.beta_end}")
+        if broken:
+            raise UserError(
+                f"motion modules with {', '.join(broken)}",
+                allowed=f"1 to {MOST_BLOCKS} blocks of even widths that their groups divide, and numbers from 1 on",
+                do="correct the motion config",
+            )
 
     @property
     def layers_per_block(self) -> tuple[int, ...]:
@@ -110,6 +151,10 @@ def _made_for(widths: tuple[int, ...]) -> str:
     """The image model of such widths, in words, where it is a known one."""
     known = {(320, 640, 1280, 1280): "Stable Diffusion 1.x or 2.x", (320, 640, 1280): "Stable Diffusion XL"}
     return f" (of {known[widths]})" if widths in known else ""
+
+
+def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else value
 
 
 def _per_block(value: int | list[int] | tuple[int, ...], count: int) -> tuple[int, ...]:

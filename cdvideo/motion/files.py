@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdvideo.base.checkpoint import read_tensors
+from cdvideo.config import config_from
 from cdvideo.errors import UserError
 from cdvideo.motion.checkpoints import as_trained, read_motion_file
 from cdvideo.motion.config import MotionConfig, NormMode
@@ -136,13 +137,12 @@ def _read_config(folder: Path) -> tuple[str, MotionConfig]:
         f"_{field.name}" if field.name in _OWN_FIELDS else field.name: field.name for field in fields(MotionConfig)
     }
     given: dict[str, Any] = {names[key]: value for key, value in raw.items() if key in names}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
-        config = MotionConfig(**given)
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        config = config_from(MotionConfig, given)
+    except ValueError as error:
         raise UserError(
             f"{path}: {error}",
-            allowed="the whole numbers that diffusers' MotionAdapter has there",
+            allowed="what diffusers' MotionAdapter has there",
             do="get the folder again, or choose another with --motion",
         ) from error
     if any(f"_{name}" in raw for name in _OWN_FIELDS):

@@ -94,7 +94,7 @@ def _pairs(tensors: dict[str, Tensor], linears: dict[str, nn.Linear], path: Path
         hint = " (it was made for AnimateDiff v2, which has a middle block)" if "mid_block" in strangers[0] else ""
         raise UserError(
             f"{path.name}: {len(strangers)} of {len(tensors)} keys have no place in these motion modules, "
-            f"such as {strangers[0]}{hint}",
+            f"such as {strangers[0][:80]}{hint}",
             allowed="a motion LoRA made for the motion modules that are given with --motion",
             do="choose motion modules and a motion LoRA of the same version",
         )
@@ -112,8 +112,9 @@ def _scale(found: Mapping[str, Tensor]) -> float:
 
 def _fits(linear: nn.Linear, side: str, tensor: Tensor) -> bool:
     if side == "alpha":
-        return tensor.numel() == 1
-    return tensor.ndim == 2 and tensor.shape[int(side == "down")] == linear.weight.shape[int(side == "down")]
+        return tensor.numel() == 1 and not tensor.is_complex()
+    at = int(side == "down")
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.shape[at] == linear.weight.shape[at]
 
 
 def _place(key: str) -> tuple[str, str]:

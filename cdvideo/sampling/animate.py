@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdvideo.cli import config_from_flags, print_usage_footer
+from cdvideo.config import as_path
 from cdvideo.errors import UserError
 from cdvideo.media.ffmpeg import find_encoder
 from cdvideo.runs import ensure_writable
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_paths(config: AnimateConfig) -> None:
     """Raises UserError for a path with a typo in it, before a base is fetched and loaded."""
-    motion = Path(config.motion).expanduser()
+    motion = as_path(config.motion)
     of_motion = [motion] if config.motion != "auto" and not config.still else []
     named = [
         *(("--concept", "concept file", path) for path, _ in config.concept_files),
@@ -223,7 +224,7 @@ def _load_motion(config: AnimateConfig, base: Base) -> MotionModules:
     from cdvideo.motion.files import load_motion
     from cdvideo.motion.lora import fold_motion_lora
 
-    path = base.path / "motion" if config.motion == "auto" else Path(config.motion).expanduser()
+    path = base.path / "motion" if config.motion == "auto" else as_path(config.motion)
     if config.motion == "auto" and not path.is_dir():
         raise UserError(
             f"base {config.base!r} has no motion modules of its own",
@@ -247,7 +248,7 @@ def motion_loras(text: str) -> list[tuple[Path, float]]:
         file, _, strength = item.strip().rpartition(":")
         if not file or not re.fullmatch(r"-?\d*\.?\d+", strength):
             file, strength = item.strip(), "1"
-        loras.append((Path(file).expanduser(), float(strength)))
+        loras.append((as_path(file), float(strength)))
     return loras
 
 

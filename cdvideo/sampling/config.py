@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdvideo.config import check
+from cdvideo.config import check, text_rules
 from cdvideo.interchange.config import check_files, parse_files
 from cdvideo.sampling.keyframes import parse_prompts
 from cdvideo.sampling.options import Control, FilmSettings, Noise, StartFrom, Windows, rule
@@ -120,6 +120,8 @@ class AnimateConfig:
             (self.num_videos >= 1, f"num_videos={self.num_videos}: must be at least 1"),
             (self.batch >= 1, f"batch={self.batch}: must be at least 1"),
             *rule("prompt", parse_prompts, self.prompt),
+            *text_rules("prompt", self.prompt),
+            *text_rules("negative_prompt", self.negative_prompt),
             *self._impossible_pairs(),
             (not unknown, f"format={self.format}: must be some of {', '.join(FORMATS)}, separated by commas"),
             (self.codec == "h264" or "mp4" in self.formats, codec),

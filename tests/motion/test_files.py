@@ -175,9 +175,9 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path, damage: Any, said: st
 
 def test_config_refuses_heads_that_do_not_divide() -> None:
     with pytest.raises(UserError, match="3 temporal attention heads over 16 channels"):
-        MotionConfig(block_out_channels=(16, 32), motion_num_attention_heads=3)
+        MotionConfig(block_out_channels=(16, 32), motion_norm_num_groups=8, motion_num_attention_heads=3)
 
 
 def test_config_refuses_wrong_number_of_blocks() -> None:
     with pytest.raises(UserError, match="for 2 blocks"):
-        MotionModules(MotionConfig(block_out_channels=(16, 32), motion_layers_per_block=(1, 1, 1)))
+        MotionConfig(block_out_channels=(16, 32), motion_norm_num_groups=8, motion_layers_per_block=(1, 1, 1))
