@@ -80,8 +80,9 @@ def _is_change(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return isinstance(value, Tensor)
     left, right = (value.get(side) for side in ("u", "v"))
-    both = isinstance(left, Tensor) and isinstance(right, Tensor)
-    return both and left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
 
 
 def custom_diffusion_tensors(base: Base, concept: Concept) -> dict[str, Tensor | dict[str, Tensor]]:

@@ -68,7 +68,7 @@ def test_an_unwritable_folder_is_told_before_anything_is_loaded(
         (["--concept", "absent.safetensors"], "no concept file absent.safetensors"),
         (["--concept", "truncated.safetensors"], "damaged"),
         (["--concept", "other.safetensors"], "matched"),
-        (["--motion", "absent"], "there is no absent"),
+        (["--motion", "absent"], "there is no motion folder absent"),
         (["width=100"], "multiples of 8"),
     ],
 )

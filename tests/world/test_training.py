@@ -278,5 +278,5 @@ def test_a_base_over_the_size_limit_is_refused(
 def test_render_fills_all_splits(tmp_path: Path) -> None:
     config = smoke_config(tmp_path)
     render(config, ("heldout", "clips"), SquareWorld())
-    assert np.load(config.cache / "clips" / "pixels.npy").shape == (4, 4, SIZE, SIZE, 3)
+    assert np.load(config.cache / "clips" / "pixels.npy").shape == (4, 5, SIZE, SIZE, 3)
     assert not (config.cache / "train").exists()
