@@ -74,6 +74,7 @@ def split_bundle(foreign: Foreign, base: Base) -> dict[str, Tensor]:
 def words_of(foreign: Foreign) -> dict[str, int]:
     """The words that a file brings, with the number of their rows; of most adapters none. No base is needed."""
     content: Any = foreign.content
+    named: Mapping[str, Any]
     if foreign.kind == TEXTUAL_INVERSION:
         named = {foreign.path.stem: content} if isinstance(content, Tensor) else _words_inside(foreign)
     elif foreign.kind == DELTA:
